@@ -1,0 +1,178 @@
+"""The configuration keys of Mask2Former on top of Detectron2's.
+
+The names and defaults in the first part are those of the published model, so that published
+recipes load unchanged. The keys at the end, under "not in the published model", are off by default.
+"""
+
+from detectron2.config import CfgNode
+
+__all__ = ["add_maskformer2_config", "get_default_config"]
+
+
+def get_default_config() -> CfgNode:
+    """Detectron2's defaults with DeepLab's and Mask2Former's keys added, as ``train_net.py`` starts from."""
+    from detectron2.config import get_cfg
+    from detectron2.projects.deeplab import add_deeplab_config
+
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    add_maskformer2_config(cfg)
+    return cfg
+
+
+def add_maskformer2_config(cfg: CfgNode) -> None:
+    """Add every Mask2Former key with its default to ``cfg``, in place.
+
+    Call it after ``detectron2.projects.deeplab.add_deeplab_config``, whose polynomial schedule keys
+    the published recipes use too.
+    """
+    _add_input_keys(cfg)
+    _add_solver_keys(cfg)
+    _add_model_keys(cfg)
+    _add_swin_keys(cfg)
+    _add_own_keys(cfg)
+
+
+def _add_input_keys(cfg: CfgNode) -> None:
+    # Which row of the mapper table (mask2former/data/mapper.py) makes training samples.
+    cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
+    # Random brightness, contrast, saturation and hue as in SSD, in the mask_former_* mappers.
+    cfg.INPUT.COLOR_AUG_SSD = False
+    # Crop again while one class takes more than this share of the crop (1.0: any crop will do).
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # Pad training pictures to a multiple of this many pixels (-1: leave them), mask_former_* mappers.
+    cfg.INPUT.SIZE_DIVISIBILITY = -1
+
+    # Large-scale jitter of the coco_*_lsj mappers: the side of the square crop in pixels, and the
+    # range of the scale factor relative to it.
+    cfg.INPUT.IMAGE_SIZE = 1024
+    cfg.INPUT.MIN_SCALE = 0.1
+    cfg.INPUT.MAX_SCALE = 2.0
+
+
+def _add_solver_keys(cfg: CfgNode) -> None:
+    # "ADAMW" or "SGD".
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    # Weight decay of embeddings (queries, level embeddings); norms have SOLVER.WEIGHT_DECAY_NORM.
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0
+    # The backbone's learning rate as a share of SOLVER.BASE_LR.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+
+
+def _add_model_keys(cfg: CfgNode) -> None:
+    mask_former = cfg.MODEL.MASK_FORMER = CfgNode()
+
+    # Losses (paper section 3.2.2): on every decoder layer's prediction, or on the last one alone.
+    mask_former.DEEP_SUPERVISION = True
+    # Weight of the "no object" class in the classification loss.
+    mask_former.NO_OBJECT_WEIGHT = 0.1
+    # Weights of the losses, and of the same terms in the matching cost.
+    mask_former.CLASS_WEIGHT = 1.0
+    mask_former.DICE_WEIGHT = 1.0
+    mask_former.MASK_WEIGHT = 20.0
+    # Points at which a mask's losses and matching costs are computed (paper: 12,544 = 112 x 112).
+    mask_former.TRAIN_NUM_POINTS = 112 * 112
+    # The losses draw OVERSAMPLE_RATIO times as many points uniformly, keep the IMPORTANCE_SAMPLE_RATIO
+    # share of TRAIN_NUM_POINTS where the mask is least certain, and draw the rest uniformly again.
+    mask_former.OVERSAMPLE_RATIO = 3.0
+    mask_former.IMPORTANCE_SAMPLE_RATIO = 0.75
+
+    # Transformer decoder.
+    mask_former.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"
+    mask_former.NUM_OBJECT_QUERIES = 100
+    mask_former.HIDDEN_DIM = 256
+    mask_former.NHEADS = 8
+    mask_former.DIM_FEEDFORWARD = 2048
+    # DEC_LAYERS counts predictions: one before the first decoder layer and one after each, so 10 for
+    # the 9 layers of MultiScaleMaskedTransformerDecoder.
+    mask_former.DEC_LAYERS = 6
+    mask_former.PRE_NORM = False
+    # Read by StandardTransformerDecoder (encoder layers before its decoder) and by the transformer
+    # encoder of the pixel decoders. MultiScaleMaskedTransformerDecoder has no dropout (paper section 3.2.1).
+    mask_former.ENC_LAYERS = 0
+    mask_former.DROPOUT = 0.1
+    # Which feature the transformer decoder attends to: "multi_scale_pixel_decoder",
+    # "transformer_encoder", "pixel_embedding", or a backbone feature such as "res5".
+    mask_former.TRANSFORMER_IN_FEATURE = "res5"
+    # A 1x1 convolution on the decoder's input even where the widths already agree.
+    mask_former.ENFORCE_INPUT_PROJ = False
+
+    # Pictures of a batch are padded to a multiple of this, in pixels, where the backbone asks for less.
+    mask_former.SIZE_DIVISIBILITY = 32
+
+    # Inference: which outputs are made.
+    test = mask_former.TEST = CfgNode()
+    test.SEMANTIC_ON = True
+    test.INSTANCE_ON = False
+    test.PANOPTIC_ON = False
+    # Panoptic: queries with a lower class score are left out.
+    test.OBJECT_MASK_THRESHOLD = 0.0
+    # Panoptic: a segment of which a smaller share than this is visible is left out.
+    test.OVERLAP_THRESHOLD = 0.0
+    # Semantic: resize masks to the output size before they are summed into class scores. Always so
+    # where panoptic or instance output is on.
+    test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False
+
+    # Pixel decoder.
+    head = cfg.MODEL.SEM_SEG_HEAD
+    head.PIXEL_DECODER_NAME = "BasePixelDecoder"
+    # Width of the mask features and mask embeddings.
+    head.MASK_DIM = 256
+    # Transformer encoder layers in the pixel decoder.
+    head.TRANSFORMER_ENC_LAYERS = 0
+    # MSDeformAttnPixelDecoder: the features its encoder sees, sampling points for each head and level, heads.
+    head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
+    head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
+    head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
+
+
+def _add_swin_keys(cfg: CfgNode) -> None:
+    # D2SwinTransformer, the Swin backbone.
+    swin = cfg.MODEL.SWIN = CfgNode()
+    swin.PRETRAIN_IMG_SIZE = 224
+    swin.PATCH_SIZE = 4
+    swin.EMBED_DIM = 96
+    swin.DEPTHS = [2, 2, 6, 2]
+    swin.NUM_HEADS = [3, 6, 12, 24]
+    swin.WINDOW_SIZE = 7
+    swin.MLP_RATIO = 4.0
+    swin.QKV_BIAS = True
+    swin.QK_SCALE = None
+    swin.DROP_RATE = 0.0
+    swin.ATTN_DROP_RATE = 0.0
+    swin.DROP_PATH_RATE = 0.3
+    swin.APE = False
+    swin.PATCH_NORM = True
+    swin.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    swin.USE_CHECKPOINT = False
+
+
+def _add_own_keys(cfg: CfgNode) -> None:
+    """Keys that the published model lacks. With these defaults nothing differs from it."""
+    test = cfg.MODEL.MASK_FORMER.TEST
+    # Instances with a lower score are left out of the instance output.
+    test.INSTANCE_SCORE_THRESHOLD = 0.0
+    # Mask NMS: an instance whose mask overlaps a better one of its class by more than this IoU is
+    # left out (1.0: off). For many equal objects, where queries repeat one another.
+    test.MASK_NMS_THRESHOLD = 1.0
+    # Inference in overlapping square tiles of this side, in pixels of the network's input (0: off).
+    # Neighbouring tiles share TILE_OVERLAP pixels; objects wider than that may be cut.
+    test.TILE_SIZE = 0
+    test.TILE_OVERLAP = 128
+    # Tiles that go through the network together.
+    test.TILE_BATCH_SIZE = 4
+
+    # Resize test pictures by this factor (0: to INPUT.MIN_SIZE_TEST / MAX_SIZE_TEST, as Detectron2 does).
+    # For pictures whose objects have a size in pixels, whatever the picture's own size: microscopy, aerial.
+    cfg.INPUT.SCALE_TEST = 0.0
+
+    # Average the weights over training steps with this decay (0: off); the average is what is
+    # evaluated and saved as model_final.
+    cfg.SOLVER.WEIGHT_AVERAGE_DECAY = 0.0
+
+    # TimmBackbone: any of timm's models that gives feature maps at strides 4, 8, 16 and 32.
+    timm = cfg.MODEL.TIMM = CfgNode()
+    timm.NAME = "efficientnet_lite0"
+    timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Batch norm: "BN" (trained), "FrozenBN", or "folded" (its ImageNet statistics become part of the convolutions).
+    timm.NORM = "FrozenBN"

@@ -1,0 +1,32 @@
+"""Errors that are the user's to mend, and how commands show them."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+__all__ = ["UserError", "command"]
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a path, a key, a file's contents.
+
+    The message is one line that says what was expected, what came, and what to do.
+    """
+
+
+def command(main: Callable[[], int | None]) -> None:
+    """Run ``main`` as a command-line program and exit with the code it returns (None: 0).
+
+    A ``UserError`` becomes one line on standard error and exit code 1; Ctrl-C exits with 130. Any
+    other exception is a defect of the program and keeps its traceback.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        logging.shutdown()
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,23 @@
+"""Fixtures shared by the tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with ``coco/`` and ``nuclei/``: real pictures that are too large, or not free, to be committed."""
+    folder = Path(os.environ.get("MASK2FORMER_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "coco" / "annotations").is_dir():
+        pytest.skip("needs COCO and nuclei pictures: set MASK2FORMER_SHARED_DATA to their folder")
+    return folder
