@@ -1,0 +1,210 @@
+"""From annotations, as data sets store them, to one boolean mask for each object of an augmented picture.
+
+An annotation reader is a function ``reader(dataset_dict, transforms, padding) -> (classes, masks)``:
+
+========== ============================================================================================
+argument   meaning
+========== ============================================================================================
+padding    (H, W) bool, True = padding, H and W those of the augmented picture
+classes    (N) int64, contiguous class ids
+masks      (N, H, W) bool, False in the padding; rows without a True pixel are the caller's to drop
+========== ============================================================================================
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import shapely
+from detectron2.data import transforms as T
+from detectron2.utils.logger import log_first_n
+
+from mask2former.data.images import read_image
+from mask2former.errors import UserError
+
+__all__ = [
+    "AnnotationReader",
+    "decode_segmentation",
+    "ids_from_rgb",
+    "read_instances",
+    "read_panoptic",
+    "rgb_from_ids",
+]
+
+AnnotationReader = Callable[[dict[str, Any], T.TransformList, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+# A polygon as rings of (P, 2) points (x, y); a pixel is inside if an odd number of the rings enclose it.
+Rings = list[np.ndarray]
+
+
+# --------------------------------------------------------------------------------------------- instances
+
+
+def read_instances(
+    dataset_dict: dict[str, Any], transforms: T.TransformList, padding: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reader of COCO-style instance annotations: polygons, compressed and uncompressed RLE, in any mixture.
+
+    Crowd regions are left out, since they are no single objects. Polygons stay polygons until after the
+    augmentation, so enlarging a picture does not make their edges coarse.
+
+    Raises ``UserError`` naming the picture and the annotation if a segmentation is missing or broken.
+    """
+    if "annotations" not in dataset_dict:
+        raise UserError(
+            f"picture '{dataset_dict['file_name']}' has no instance annotations ('annotations'), which this mapper "
+            "reads: choose another INPUT.DATASET_MAPPER_NAME or data set"
+        )
+    objects = [
+        (annotation, _describe(dataset_dict, annotation, index))
+        for index, annotation in enumerate(dataset_dict["annotations"])
+        if not annotation.get("iscrowd", 0)
+    ]
+    classes = np.array([annotation["category_id"] for annotation, _ in objects], dtype=np.int64)
+    masks = np.zeros((len(objects), *padding.shape), dtype=bool)
+    size = dataset_dict["height"], dataset_dict["width"]
+    for mask, (annotation, name) in zip(masks, objects, strict=True):
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, list):
+            polygons = _mend_polygons(segmentation, *size, name)
+            moved = [[transforms.apply_coords(ring.copy()) for ring in rings] for rings in polygons]
+            mask[:] = _fill_polygons(moved, *padding.shape)
+        else:
+            pixels = _decode_rle(segmentation, *size, name)
+            mask[:] = transforms.apply_segmentation(pixels) == 1
+    masks &= ~padding
+    return classes, masks
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int, name: str) -> np.ndarray:
+    """The (height, width) bool mask of one COCO segmentation: polygons, compressed or uncompressed RLE.
+
+    ``name`` says in warnings and errors which annotation it is.
+    """
+    if isinstance(segmentation, list):
+        return _fill_polygons(_mend_polygons(segmentation, height, width, name), height, width)
+    return _decode_rle(segmentation, height, width, name).astype(bool)
+
+
+def _describe(dataset_dict: dict[str, Any], annotation: dict[str, Any], index: int) -> str:
+    number = f"id {annotation['id']}" if "id" in annotation else f"number {index + 1}"
+    return f"annotation {number} of picture '{dataset_dict['file_name']}'"
+
+
+def _decode_rle(segmentation: Any, height: int, width: int, name: str) -> np.ndarray:
+    """The (height, width) uint8 mask, 0 or 1, of a run-length encoding."""
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        raise UserError(f"{name}: expected 'segmentation' with polygons or a run-length encoding, got {segmentation!r}")
+    if list(segmentation["size"]) != [height, width]:
+        raise UserError(
+            f"{name}: its run-length encoding has size {list(segmentation['size'])}, but the picture is "
+            f"{height} pixels high and {width} wide"
+        )
+    counts = segmentation["counts"]
+    if isinstance(counts, list) and (min(counts, default=0) < 0 or sum(counts) != height * width):
+        raise UserError(
+            f"{name}: the runs of its run-length encoding add up to {sum(counts)} pixels, expected {height * width}"
+        )
+    try:
+        rle = coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+        return coco_mask.decode(rle)
+    except ValueError as error:
+        raise UserError(f"{name}: broken run-length encoding: {error}") from error
+
+
+def _mend_polygons(polygons: list[Any], height: int, width: int, name: str) -> list[Rings]:
+    """Polygons, each a flat list x0, y0, x1, y1, ..., as rings inside the picture; degenerate ones are dropped."""
+    mended = []
+    for polygon in polygons:
+        rings = _mend_polygon(np.asarray(polygon, dtype=np.float64), height, width)
+        if rings:
+            mended.append(rings)
+        else:
+            log_first_n(
+                logging.WARNING,
+                f"{name}: dropped a polygon of {len(polygon)} numbers, which has no area in the picture",
+                name=__name__,
+                key="message",
+            )
+    return mended
+
+
+def _mend_polygon(flat: np.ndarray, height: int, width: int) -> Rings:
+    if flat.ndim != 1 or len(flat) % 2 or len(flat) < 6 or not np.isfinite(flat).all():
+        return []
+    points = flat.reshape(-1, 2)
+    inside = points.min() >= 0 and points[:, 0].max() <= width and points[:, 1].max() <= height
+    if inside and _ring_area(points) > 0.01:
+        # As it is, even if it crosses itself: the filling below follows COCO's even-odd rule for that.
+        return [points]
+    # Crossing parts of opposite orientation can cancel out, so only the mended polygon's area tells.
+    valid = shapely.make_valid(shapely.Polygon(points)).intersection(shapely.box(0, 0, width, height))
+    return [
+        np.asarray(ring.coords)[:-1]
+        for part in shapely.get_parts(valid)
+        if isinstance(part, shapely.Polygon) and part.area > 0
+        for ring in (part.exterior, *part.interiors)
+    ]
+
+
+def _ring_area(points: np.ndarray) -> float:
+    """Area by the shoelace formula; parts of opposite orientation cancel out."""
+    x, y = (points - points[0]).T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def _fill_polygons(polygons: Iterable[Rings], height: int, width: int) -> np.ndarray:
+    """The (height, width) bool mask of polygons, filled as COCO's own tools do it."""
+    mask = np.zeros((height, width), dtype=bool)
+    for rings in polygons:
+        filled = coco_mask.decode(coco_mask.frPyObjects([ring.ravel() for ring in rings], height, width))
+        mask |= (filled.sum(axis=2) % 2).astype(bool)  # (H, W, rings)
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------- panoptic
+
+
+def ids_from_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Segment ids (..., ) uint32 of a COCO panoptic picture (..., 3) uint8: R + 256 G + 65536 B."""
+    red, green, blue = (pixels[..., channel].astype(np.uint32) for channel in range(3))
+    return red + (green << 8) + (blue << 16)
+
+
+def rgb_from_ids(ids: np.ndarray) -> np.ndarray:
+    """The COCO panoptic picture (..., 3) uint8 of segment ids (...) in [0, 2**24)."""
+    return np.stack([ids & 255, (ids >> 8) & 255, (ids >> 16) & 255], axis=-1).astype(np.uint8)
+
+
+def read_panoptic(
+    dataset_dict: dict[str, Any], transforms: T.TransformList, padding: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reader of COCO-style panoptic annotations: a PNG of segment ids, and ``segments_info``.
+
+    Crowd segments are left out, and so is what no segment covers: padding and unlabelled pixels belong to no mask.
+
+    Raises ``UserError`` if the PNG can't be read or differs in size from the picture.
+    """
+    if "pan_seg_file_name" not in dataset_dict:
+        raise UserError(
+            f"picture '{dataset_dict['file_name']}' has no panoptic annotation ('pan_seg_file_name'), which this "
+            "mapper reads: choose another INPUT.DATASET_MAPPER_NAME or data set"
+        )
+    path = dataset_dict["pan_seg_file_name"]
+    pixels = read_image(path, "RGB")
+    height, width = dataset_dict["height"], dataset_dict["width"]
+    if pixels.shape[:2] != (height, width):
+        raise UserError(
+            f"panoptic annotation '{path}' is {pixels.shape[1]} x {pixels.shape[0]} pixels, but its picture "
+            f"'{dataset_dict['file_name']}' is {width} x {height}: make the annotation anew from the right picture"
+        )
+    ids = ids_from_rgb(transforms.apply_segmentation(pixels))
+    segments = [segment for segment in dataset_dict["segments_info"] if not segment.get("iscrowd", 0)]
+    classes = np.array([segment["category_id"] for segment in segments], dtype=np.int64)
+    masks = np.zeros((len(segments), *padding.shape), dtype=bool)
+    for mask, segment in zip(masks, segments, strict=True):
+        np.equal(ids, segment["id"], out=mask)
+    masks &= ~padding
+    return classes, masks

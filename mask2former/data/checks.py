@@ -1,0 +1,156 @@
+"""Checks of a data set before the first step, so that a mistake costs seconds and not a night.
+
+No picture is decoded: on all of COCO they take seconds.
+"""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from mask2former.data.datasets.panoptic import load_json
+from mask2former.errors import UserError
+
+__all__ = ["check_dataset", "count_classes", "load_dataset"]
+
+DatasetDicts = list[dict[str, Any]]
+
+_FILE_KEYS = {"file_name": "pictures", "pan_seg_file_name": "panoptic annotations"}
+
+
+def load_dataset(name: str) -> DatasetDicts:
+    """The dataset dicts of a registered data set.
+
+    Raises ``UserError`` if nothing has that name (similar names are listed), its annotation file is missing or
+    broken, an annotation has an unknown class, or it is empty.
+    """
+    if name not in DatasetCatalog:
+        raise UserError(f"data set '{name}' is not registered{_similar(name, DatasetCatalog.list())}")
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("json_file")
+    # A panoptic data set's loader says itself what is wrong; the instance file is only used in its evaluation.
+    is_instances = json_file is not None and metadata.get("panoptic_json") is None
+    if is_instances and not os.path.isfile(json_file):
+        raise UserError(
+            f"data set '{name}' needs '{json_file}', which does not exist: set the environment variable "
+            "DETECTRON2_DATASETS to the folder of the data sets, see datasets/README.md"
+        )
+    try:
+        dicts = DatasetCatalog.get(name)
+    except (KeyError, AssertionError, ValueError) as error:
+        if is_instances and not isinstance(error, UserError):
+            _check_instances_json(json_file)
+        raise
+    if not dicts:
+        raise UserError(f"data set '{name}' has no pictures: check '{metadata.get('panoptic_json') or json_file}'")
+    return dicts
+
+
+def check_dataset(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    dataset_dicts: DatasetDicts | None = None,
+    num_classes_key: str = "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    semantic_files: bool = False,
+) -> DatasetDicts:
+    """Check a registered data set and return its dataset dicts.
+
+    ``num_classes`` is the model's number of classes, called ``num_classes_key`` in the message. Pass
+    ``dataset_dicts`` if they are loaded already. ``semantic_files``: the semantic PNGs are needed too.
+
+    Raises ``UserError`` for what ``load_dataset`` does, for a wrong number of classes, for missing files, and
+    for an annotation whose class is out of range.
+    """
+    dicts = load_dataset(name) if dataset_dicts is None else dataset_dicts
+    classes = count_classes(name, dicts)
+    if num_classes is not None and classes is not None and num_classes != classes:
+        noun = "class" if classes == 1 else "classes"
+        raise UserError(
+            f"{num_classes_key} is {num_classes}, but data set '{name}' has {classes} {noun}: set it to {classes}"
+        )
+    limit = classes if classes is not None else num_classes
+    if limit is not None:
+        _check_categories(dicts, limit)
+    keys = {**_FILE_KEYS, "sem_seg_file_name": "semantic annotations"} if semantic_files else _FILE_KEYS
+    for key, noun in keys.items():
+        _check_files(name, [d[key] for d in dicts if key in d], noun)
+    return dicts
+
+
+def count_classes(name: str, dataset_dicts: DatasetDicts) -> int | None:
+    """How many classes the annotations of a data set have; None if its metadata doesn't say.
+
+    Panoptic annotations have things and stuff, instance annotations things alone, semantic ones stuff (by which
+    Detectron2 means all classes).
+    """
+    metadata = MetadataCatalog.get(name)
+    if "segments_info" in dataset_dicts[0]:
+        maps = [metadata.get(f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("thing", "stuff")]
+        contiguous_ids = {index for id_map in maps for index in id_map.values()}
+        return len(contiguous_ids) or _length(metadata.get("stuff_classes"))
+    if "annotations" in dataset_dicts[0]:
+        return _length(metadata.get("thing_classes"))
+    return _length(metadata.get("stuff_classes"))
+
+
+def _length(classes: Sequence[str] | None) -> int | None:
+    return None if classes is None else len(classes)
+
+
+def _similar(name: str, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(names), n=4, cutoff=0.6)
+    return f": did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ": register it first"
+
+
+def _check_categories(dicts: DatasetDicts, num_classes: int) -> None:
+    for dataset_dict in dicts:
+        for kind in ("annotations", "segments_info"):
+            for index, annotation in enumerate(dataset_dict.get(kind, ())):
+                if not 0 <= annotation["category_id"] < num_classes:
+                    raise UserError(
+                        f"'{dataset_dict['file_name']}': annotation {annotation.get('id', f'number {index + 1}')} has "
+                        f"category_id {annotation['category_id']}, expected 0 to {num_classes - 1}"
+                    )
+
+
+def _check_files(name: str, paths: list[str], noun: str) -> None:
+    """Look each folder up once: a look-up a file takes minutes on network file systems."""
+    folders: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, file_name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if file_name not in folders[folder]:
+            missing.append(path)
+    if missing:
+        raise UserError(
+            f"data set '{name}': {len(missing)} of {len(paths)} {noun} are missing, the first is '{missing[0]}': see "
+            "datasets/README.md for the files expected"
+        )
+
+
+def _check_instances_json(path: str) -> None:
+    """Say what is wrong with a file in COCO's instance format that Detectron2 could not load."""
+    content = load_json(path)
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+        raise UserError(
+            f"'{path}' is not in COCO's instance format: expected 'images', 'annotations' and 'categories' in it"
+        )
+    categories = {category["id"] for category in content["categories"]}
+    counts = Counter(annotation.get("id") for annotation in content["annotations"])
+    for annotation in content["annotations"]:
+        place = f"'{path}': annotation {annotation.get('id')} (of picture {annotation.get('image_id')})"
+        if annotation.get("category_id") not in categories:
+            raise UserError(
+                f"{place} has category_id {annotation.get('category_id')}, which is not among its {len(categories)} "
+                "'categories': correct the annotation or add the category"
+            )
+        if counts[annotation.get("id")] > 1:
+            raise UserError(f"{place}: its id is used more than once: give every annotation an id of its own")
+        if len(annotation.get("bbox", [0] * 4)) != 4:
+            raise UserError(f"{place} has bbox {annotation['bbox']}, expected x, y, width, height")

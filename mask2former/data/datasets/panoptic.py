@@ -1,0 +1,176 @@
+"""Data sets in the COCO panoptic format: a JSON file, a folder of PNGs with segment ids, a folder of pictures."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from mask2former.errors import UserError
+
+__all__ = ["data_set_root", "load_json", "load_panoptic", "panoptic_metadata", "read_classes", "register_panoptic"]
+
+Category = dict[str, Any]
+
+
+def data_set_root() -> str:
+    """The folder of all data sets: the environment variable DETECTRON2_DATASETS, by default ``datasets``."""
+    return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+
+
+def read_classes(name: str) -> list[Category]:
+    """The class table ``classes/<name>.json``: ``id`` in the annotation files, ``name``, ``isthing``, ``color`` (RGB).
+
+    A class's place in the table is its contiguous id.
+    """
+    table = Path(__file__).parent / "classes" / f"{name}.json"
+    return json.loads(table.read_text(encoding="utf-8"))
+
+
+def panoptic_metadata(categories: list[Category]) -> dict[str, Any]:
+    """Metadata of a panoptic data set from its categories, in the order of their contiguous ids.
+
+    "Stuff" names every class, so that semantic segmentation has all of them; "thing" those with ``isthing``. Things
+    come first among ``categories``, so that one contiguous id means the same class in both.
+
+    Raises ``UserError`` if a thing follows a stuff class, or an id occurs twice.
+    """
+    things = [category for category in categories if category["isthing"]]
+    if categories[: len(things)] != things:
+        raise UserError(
+            f"class '{things[-1]['name']}' is a thing, but comes after stuff classes: list all things before all stuff"
+        )
+    ids = [category["id"] for category in categories]
+    if len(set(ids)) != len(ids):
+        twice = next(number for number in ids if ids.count(number) > 1)
+        raise UserError(f"class id {twice} is used twice: give every class an id of its own")
+    contiguous = {category["id"]: index for index, category in enumerate(categories)}
+    return {
+        "thing_classes": [category["name"] for category in things],
+        "thing_colors": [list(category["color"]) for category in things],
+        "stuff_classes": [category["name"] for category in categories],
+        "stuff_colors": [list(category["color"]) for category in categories],
+        "thing_dataset_id_to_contiguous_id": {category["id"]: contiguous[category["id"]] for category in things},
+        "stuff_dataset_id_to_contiguous_id": contiguous,
+    }
+
+
+def register_panoptic(
+    name: str,
+    metadata: dict[str, Any],
+    image_root: str,
+    panoptic_root: str,
+    panoptic_json: str,
+    sem_seg_root: str | None = None,
+    instances_json: str | None = None,
+    *,
+    hint: str = "",
+) -> None:
+    """Register a panoptic data set under ``name``; nothing is read until it is used.
+
+    ``metadata`` is ``panoptic_metadata(...)`` of its classes. ``sem_seg_root``, a folder of PNGs with contiguous class
+    ids and 255 for "ignore", is needed for semantic evaluation, ``instances_json`` (COCO's instance format) for
+    instance evaluation. ``hint`` ends the errors about missing files: where to get them.
+
+    A second registration with the same files replaces the first. Raises ``UserError`` if other files have the name.
+    """
+    files = {
+        "sem_seg_root": sem_seg_root,
+        "panoptic_root": panoptic_root,
+        "image_root": image_root,
+        "panoptic_json": panoptic_json,
+        "json_file": instances_json,
+    }
+    if name in DatasetCatalog:
+        registered = MetadataCatalog.get(name).get("panoptic_json")
+        if registered != panoptic_json:
+            raise UserError(
+                f"data set name '{name}' is taken (its annotations are '{registered}'): choose another name for "
+                f"'{panoptic_json}'"
+            )
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(
+        name, lambda: load_panoptic(panoptic_json, image_root, panoptic_root, sem_seg_root, metadata, hint=hint)
+    )
+    MetadataCatalog.get(name).set(
+        **files,
+        evaluator_type="coco_panoptic_seg",
+        ignore_label=255,
+        label_divisor=1000,
+        **metadata,
+    )
+
+
+def load_json(path: str | os.PathLike[str], hint: str = "") -> Any:
+    """The contents of a JSON file. Raises ``UserError`` naming the file if it is missing or no JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"'{os.fspath(path)}' does not exist{': ' if hint else ''}{hint}") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read '{os.fspath(path)}': {error}") from error
+
+
+def load_panoptic(
+    panoptic_json: str,
+    image_root: str,
+    panoptic_root: str,
+    sem_seg_root: str | None,
+    metadata: dict[str, Any],
+    *,
+    hint: str = "",
+) -> list[dict[str, Any]]:
+    """Dataset dicts of a data set in the COCO panoptic format, in the order of its annotations.
+
+    Each has ``file_name``, ``image_id``, ``height``, ``width``, ``pan_seg_file_name``, ``segments_info`` (with
+    contiguous ``category_id`` and bool ``isthing``) and, with a ``sem_seg_root``, ``sem_seg_file_name``. The pictures
+    themselves are not looked at; ``mask2former.data.checks`` does that.
+
+    Raises ``UserError`` if the JSON file can't be used, or a segment has a class that ``metadata`` lacks.
+    """
+    content = load_json(panoptic_json, hint)
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise UserError(
+            f"'{panoptic_json}' is not in COCO's panoptic format: expected 'images' and 'annotations' in it"
+        )
+    images = {image["id"]: image for image in content["images"]}
+    dataset_dicts = []
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in images:
+            raise UserError(
+                f"'{panoptic_json}': the annotation '{annotation['file_name']}' has image_id "
+                f"{annotation['image_id']}, which is not among its 'images'"
+            )
+        image = images[annotation["image_id"]]
+        dataset_dict = {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "image_id": annotation["image_id"],
+            "height": image["height"],
+            "width": image["width"],
+            "pan_seg_file_name": os.path.join(panoptic_root, annotation["file_name"]),
+            "segments_info": [
+                _contiguous(segment, metadata, f"'{panoptic_json}': '{annotation['file_name']}'")
+                for segment in annotation["segments_info"]
+            ],
+        }
+        if sem_seg_root is not None:
+            dataset_dict["sem_seg_file_name"] = os.path.join(sem_seg_root, annotation["file_name"])
+        dataset_dicts.append(dataset_dict)
+    return dataset_dicts
+
+
+def _contiguous(segment: dict[str, Any], metadata: dict[str, Any], place: str) -> dict[str, Any]:
+    category = segment["category_id"]
+    if category not in metadata["stuff_dataset_id_to_contiguous_id"]:
+        raise UserError(
+            f"{place}: segment {segment['id']} has category_id {category}, which is not among the "
+            f"{len(metadata['stuff_classes'])} classes of the data set: correct the annotation or the classes"
+        )
+    return {
+        **segment,
+        "category_id": metadata["stuff_dataset_id_to_contiguous_id"][category],
+        "isthing": category in metadata["thing_dataset_id_to_contiguous_id"],
+    }

@@ -1,0 +1,59 @@
+"""Reading picture files into arrays.
+
+Detectron2's reader, with two things added: pictures with more than 8 bits a channel, and errors that name the file.
+"""
+
+import os
+import struct
+
+import numpy as np
+from detectron2.data import detection_utils
+from PIL import Image, ImageOps
+
+from mask2former.errors import UserError
+
+__all__ = ["read_image"]
+
+# What Pillow's decoders raise on files that are missing, truncated, of another kind, or damaged.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+_LARGEST_16_BIT = 65535
+
+
+def read_image(path: str | os.PathLike[str], image_format: str = "RGB") -> np.ndarray:
+    """Read a picture file as a contiguous (H, W, C) array in the channel order of ``image_format``.
+
+    ``image_format`` is one of Detectron2's: "RGB", "BGR", "L" (all uint8) or "YUV-BT.601" (float).
+    Grey, palette and CMYK pictures are converted, transparency is dropped, a rotation in the EXIF data is
+    applied. Grey pictures with 16 bits are scaled to 8 bits (65535 becomes 255), whatever they contain, so that
+    brightness stays comparable between the pictures of a data set.
+
+    Raises ``UserError`` naming the file if it can't be read, or holds floating-point numbers.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            upright.load()
+    except FileNotFoundError as error:
+        raise UserError(f"picture '{os.fspath(path)}' does not exist: check the path") from error
+    except _DECODING_ERRORS as error:
+        raise UserError(f"cannot read picture '{os.fspath(path)}': {error}: replace or remove the file") from error
+    pixels = detection_utils.convert_PIL_to_numpy(_to_8_bits(upright, path), image_format)
+    return np.ascontiguousarray(pixels)
+
+
+def _to_8_bits(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
+    if image.mode == "F":
+        raise UserError(
+            f"picture '{os.fspath(path)}' holds floating-point numbers, whose range is unknown: "
+            "save it with 8 or 16 bits a channel"
+        )
+    if not image.mode.startswith("I"):  # "I;16", "I;16B", and "I" in older versions of Pillow
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > _LARGEST_16_BIT:
+        raise UserError(
+            f"picture '{os.fspath(path)}' holds values from {values.min()} to {values.max()}, expected "
+            f"0 to {_LARGEST_16_BIT}: save it with 8 or 16 bits a channel"
+        )
+    return Image.fromarray(np.round(values * (255 / _LARGEST_16_BIT)).astype(np.uint8))

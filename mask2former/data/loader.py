@@ -1,0 +1,163 @@
+"""Data loaders: Detectron2's, with this package's mappers, checks and seeding.
+
+Both functions take a config (``build_train_loader(cfg)``) or plain keyword values, as a LazyConfig gives them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Sampler
+
+from mask2former.data.checks import DatasetDicts, check_dataset
+from mask2former.data.mapper import build_mapper
+from mask2former.errors import UserError
+
+__all__ = ["build_test_loader", "build_train_loader", "load_training_dicts"]
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def load_training_dicts(
+    names: str | Sequence[str], *, num_classes: int | None = None, filter_empty: bool = True
+) -> DatasetDicts:
+    """The checked dataset dicts of one or several data sets, one after the other.
+
+    ``filter_empty`` leaves out pictures whose instance annotations are all crowd regions, or that have none. Data
+    sets without instance annotations, panoptic ones for example, keep all their pictures.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise UserError("no data set to train on: set DATASETS.TRAIN")
+    dicts = [dataset_dict for name in names for dataset_dict in check_dataset(name, num_classes)]
+    if filter_empty and all("annotations" in dataset_dict for dataset_dict in dicts):
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    if not dicts:
+        raise UserError(
+            f"no picture of {', '.join(names)} has an object that is not a crowd region: check the annotations, or "
+            "set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False"
+        )
+    return dicts
+
+
+def _train_loader_from_config(cfg: CfgNode, mapper: Mapper | None = None) -> dict[str, Any]:
+    dicts = load_training_dicts(
+        cfg.DATASETS.TRAIN,
+        num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+    )
+    return {
+        "dataset": dicts,
+        "mapper": build_mapper(cfg, True) if mapper is None else mapper,
+        "sampler": _build_sampler(cfg, dicts),
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "seed": cfg.SEED,
+    }
+
+
+def _build_sampler(cfg: CfgNode, dicts: DatasetDicts) -> Sampler[int] | None:
+    """The sampler of ``DATALOADER.SAMPLER_TRAIN``; None stands for the loader's own, a shuffle."""
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    seed = _seed_or_none(cfg.SEED)
+    if name == "TrainingSampler":
+        return None
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return RepeatFactorTrainingSampler(factors, seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        return RandomSubsetTrainingSampler(
+            len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
+        )
+    raise UserError(
+        f"DATALOADER.SAMPLER_TRAIN is '{name}', expected TrainingSampler, RepeatFactorTrainingSampler or "
+        "RandomSubsetTrainingSampler"
+    )
+
+
+def _seed_or_none(seed: int | None) -> int | None:
+    return None if seed is None or seed < 0 else seed
+
+
+@configurable(from_config=_train_loader_from_config)
+def build_train_loader(
+    dataset: str | Sequence[str] | DatasetDicts,
+    *,
+    mapper: Mapper,
+    total_batch_size: int,
+    sampler: Sampler[int] | None = None,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    seed: int | None = None,
+    num_classes: int | None = None,
+    filter_empty: bool = True,
+) -> Iterable[list[dict[str, Any]]]:
+    """Endless iterable of batches, each a list of samples (see ``MaskFormerDatasetMapper``).
+
+    ``dataset`` is one or several names of data sets, which are checked against ``num_classes`` and filtered as
+    ``load_training_dicts`` says, or dataset dicts. ``total_batch_size`` counts the pictures of all processes.
+    With a ``seed`` >= 0 the order of the pictures and the workers' augmentations repeat; with ``num_workers`` 0
+    the augmentations draw from this process's own generators, which the caller seeds.
+
+    ``build_train_loader(cfg)``, or ``build_train_loader(cfg, mapper=...)``, reads all of this from a config.
+
+    Raises ``UserError`` for what ``load_training_dicts`` does.
+    """
+    dicts = _as_dicts(dataset, num_classes, filter_empty)
+    seed = _seed_or_none(seed)
+    if sampler is None:
+        sampler = TrainingSampler(len(dicts), seed=seed)
+    return build_detection_train_loader(
+        dicts,
+        mapper=mapper,
+        sampler=sampler,
+        total_batch_size=total_batch_size,
+        aspect_ratio_grouping=aspect_ratio_grouping,
+        num_workers=num_workers,
+        # Each process's workers draw their own augmentations.
+        seed=None if seed is None else seed + comm.get_rank(),
+    )
+
+
+def _as_dicts(dataset: str | Sequence[str] | DatasetDicts, num_classes: int | None, filter_empty: bool) -> DatasetDicts:
+    items = [dataset] if isinstance(dataset, str) else dataset
+    names = [item for item in items if isinstance(item, str)]
+    if names or not items:
+        return load_training_dicts(names, num_classes=num_classes, filter_empty=filter_empty)
+    return [item for item in items if isinstance(item, dict)]
+
+
+def _test_loader_from_config(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None) -> dict[str, Any]:
+    return {
+        "dataset": dataset_name,
+        "mapper": build_mapper(cfg, False) if mapper is None else mapper,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+    }
+
+
+@configurable(from_config=_test_loader_from_config)
+def build_test_loader(
+    dataset: str,
+    *,
+    mapper: Mapper,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    num_classes: int | None = None,
+) -> DataLoader[dict[str, Any]]:
+    """Loader of every picture of the data set named ``dataset`` once, shared out between the processes.
+
+    ``build_test_loader(cfg, name)`` reads the other values from a config.
+
+    Raises ``UserError`` for what ``check_dataset`` does.
+    """
+    return build_detection_test_loader(
+        check_dataset(dataset, num_classes), mapper=mapper, batch_size=batch_size, num_workers=num_workers
+    )
