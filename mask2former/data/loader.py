@@ -68,8 +68,13 @@ def _build_sampler(cfg: CfgNode, dicts: DatasetDicts) -> Sampler[int] | None:
     if name == "TrainingSampler":
         return None
     if name == "RepeatFactorTrainingSampler":
+        if not all("annotations" in dataset_dict for dataset_dict in dicts):
+            raise UserError(
+                f"DATALOADER.SAMPLER_TRAIN is '{name}', which needs instance annotations, but "
+                f"{', '.join(cfg.DATASETS.TRAIN)} has other ones: set it to TrainingSampler"
+            )
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
