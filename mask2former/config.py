@@ -120,9 +120,10 @@ def _add_model_keys(cfg: CfgNode) -> None:
     head.MASK_DIM = 256
     # Transformer encoder layers in the pixel decoder.
     head.TRANSFORMER_ENC_LAYERS = 0
-    # MSDeformAttnPixelDecoder: the features its encoder sees, sampling points for each head and level, heads.
+    # MSDeformAttnPixelDecoder: the features its encoder sees, and sampling points for each head and level.
     head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
+    # Read by nothing, as in the published code: MASK_FORMER.NHEADS is the encoder's number of heads too.
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
 
 
@@ -149,6 +150,9 @@ def _add_swin_keys(cfg: CfgNode) -> None:
 
 def _add_own_keys(cfg: CfgNode) -> None:
     """Keys that the published model lacks. With these defaults nothing differs from it."""
+    # Width of the hidden layer in MSDeformAttnPixelDecoder's encoder (a constant in the published code).
+    cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_DIM_FEEDFORWARD = 1024
+
     test = cfg.MODEL.MASK_FORMER.TEST
     # Instances with a lower score are left out of the instance output.
     test.INSTANCE_SCORE_THRESHOLD = 0.0
@@ -170,9 +174,11 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # evaluated and saved as model_final.
     cfg.SOLVER.WEIGHT_AVERAGE_DECAY = 0.0
 
-    # TimmBackbone: any of timm's models that gives feature maps at strides 4, 8, 16 and 32.
+    # MODEL.BACKBONE.NAME "TimmBackbone": any of timm's models that gives feature maps at strides 4, 8, 16 and 32.
     timm = cfg.MODEL.TIMM = CfgNode()
     timm.NAME = "efficientnet_lite0"
     timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Batch norm: "BN" (trained), "FrozenBN", or "folded" (its ImageNet statistics become part of the convolutions).
     timm.NORM = "FrozenBN"
+    # Epsilon of the batch norms (None: timm's).
+    timm.BN_EPS = None

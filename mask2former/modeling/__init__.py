@@ -1,0 +1,30 @@
+"""The model's parts. Importing this package registers them in Detectron2's registries."""
+
+from .backbone.timm import TimmBackbone
+from .criterion import SetCriterion
+from .head import MaskFormerHead
+from .inference import InferenceSettings
+from .matcher import HungarianMatcher
+from .meta_arch import MaskFormer
+from .pixel_decoder import MSDeformAttnPixelDecoder, build_pixel_decoder
+from .predictions import Predictions
+from .transformer_decoder import (
+    TRANSFORMER_DECODER_REGISTRY,
+    MultiScaleMaskedTransformerDecoder,
+    build_transformer_decoder,
+)
+
+__all__ = [
+    "TRANSFORMER_DECODER_REGISTRY",
+    "HungarianMatcher",
+    "InferenceSettings",
+    "MSDeformAttnPixelDecoder",
+    "MaskFormer",
+    "MaskFormerHead",
+    "MultiScaleMaskedTransformerDecoder",
+    "Predictions",
+    "SetCriterion",
+    "TimmBackbone",
+    "build_pixel_decoder",
+    "build_transformer_decoder",
+]

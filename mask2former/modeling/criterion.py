@@ -1,0 +1,123 @@
+"""The training loss (paper, section 3.2.2)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from .losses import cross_entropy_loss, dice_loss
+from .matcher import HungarianMatcher
+from .points import sample_points_each, uncertain_points
+from .predictions import Predictions
+from .targets import Targets
+
+__all__ = ["SetCriterion"]
+
+Matches = Sequence[tuple[Tensor, Tensor]]  # for each picture: queries, and the objects they are matched with
+
+
+class SetCriterion(nn.Module):
+    """Matches queries with objects and compares classes and masks, layer by layer.
+
+    Args:
+        num_classes: K, without "no object".
+        matcher: assigns queries to objects.
+        class_weight, mask_weight, dice_weight: weights of the losses.
+        no_object_weight: weight of the "no object" class in the classification loss.
+        num_points, oversample_ratio, importance_sample_ratio: see :func:`points.uncertain_points`.
+        deep_supervision: whether all layers have losses, or the last alone.
+    """
+
+    empty_weight: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: HungarianMatcher,
+        *,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        no_object_weight: float = 0.1,
+        num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        deep_supervision: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.matcher = matcher
+        self.weights = {"loss_ce": class_weight, "loss_mask": mask_weight, "loss_dice": dice_weight}
+        self.num_points = num_points
+        self.oversample_ratio = oversample_ratio
+        self.importance_sample_ratio = importance_sample_ratio
+        self.deep_supervision = deep_supervision
+        empty_weight = torch.ones(num_classes + 1)
+        empty_weight[-1] = no_object_weight
+        self.register_buffer("empty_weight", empty_weight)
+
+    def forward(self, predictions: Predictions, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        """Weighted losses by name: ``loss_ce``, ``loss_mask`` and ``loss_dice`` of the last layer, and the same
+        with ``_0``, ``_1``, ... for the layers before.
+
+        The names are the same whatever the targets hold, and every loss depends on the predictions, so that
+        pictures without objects train too.
+        """
+        if not self.deep_supervision:
+            predictions = predictions.last_layer()
+        matches = self.matcher(predictions, targets)
+        num_objects = _mean_over_ranks(sum(len(target) for target in targets), predictions.class_logits.device)
+        masks = [target.masks.float() for target in targets]
+        last = len(predictions.class_logits) - 1
+        losses = {}
+        for layer in range(last + 1):
+            layer_losses = {
+                "loss_ce": self._class_loss(predictions.class_logits[layer], targets, matches[layer]),
+                **self._mask_losses(predictions, layer, masks, matches[layer], num_objects),
+            }
+            suffix = "" if layer == last else f"_{layer}"
+            losses.update({name + suffix: self.weights[name] * loss for name, loss in layer_losses.items()})
+        return losses
+
+    def _class_loss(self, logits: Tensor, targets: Sequence[Targets], matches: Matches) -> Tensor:
+        """Cross-entropy of logits (B, Q, K+1); a query without an object is to say "no object"."""
+        classes = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        for row, target, (queries, objects) in zip(classes, targets, matches, strict=True):
+            row[queries] = target.classes[objects]
+        return F.cross_entropy(logits.float().transpose(1, 2), classes, self.empty_weight)
+
+    def _mask_losses(
+        self, predictions: Predictions, layer: int, masks: Sequence[Tensor], matches: Matches, num_objects: float
+    ) -> dict[str, Tensor]:
+        """Mask losses of the matched queries against target masks (N, H, W) of each picture."""
+        logits = torch.cat(
+            [predictions.mask_logits(layer, image, queries) for image, (queries, _) in enumerate(matches)]
+        )  # (N, H/4, W/4)
+        objects = torch.cat(
+            [
+                picture if len(indices) == len(picture) else picture[indices]
+                for picture, (_, indices) in zip(masks, matches, strict=True)
+            ]
+        )  # (N, H, W)
+        if not len(logits):  # still a function of the predictions
+            nothing = logits.sum() + 0 * predictions.mask_logits(layer, 0, torch.zeros(1, dtype=torch.int64)).sum()
+            return {"loss_mask": nothing, "loss_dice": nothing}
+        points = uncertain_points(logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+        with torch.autocast(logits.device.type, enabled=False):
+            point_logits = sample_points_each(logits, points)
+            labels = sample_points_each(objects, points)
+            return {
+                "loss_mask": cross_entropy_loss(point_logits, labels) / num_objects,
+                "loss_dice": dice_loss(point_logits, labels) / num_objects,
+            }
+
+
+def _mean_over_ranks(count: int, device: torch.device) -> float:
+    """The number of objects on a rank, averaged over ranks, at least 1."""
+    if comm.get_world_size() > 1:
+        total = torch.tensor(float(count), device=device)
+        torch.distributed.all_reduce(total)
+        return max(total.item() / comm.get_world_size(), 1.0)
+    return float(max(count, 1))

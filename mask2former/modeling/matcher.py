@@ -1,0 +1,71 @@
+"""Assignment of queries to objects (paper, section 3.2.2; DETR, section 3.1)."""
+
+from collections.abc import Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from .losses import cross_entropy_cost, dice_cost
+from .points import sample_points
+from .predictions import Predictions
+from .targets import Targets
+
+__all__ = ["HungarianMatcher"]
+
+
+class HungarianMatcher(nn.Module):
+    """Gives every object its own query, at the least total cost, for every layer.
+
+    Args:
+        cost_class, cost_mask, cost_dice: weights of the class, cross-entropy and dice costs.
+        num_points: points at which masks are compared, drawn anew for each picture.
+    """
+
+    def __init__(self, cost_class: float, cost_mask: float, cost_dice: float, num_points: int) -> None:
+        super().__init__()
+        if cost_class == cost_mask == cost_dice == 0:
+            raise ValueError("at least one of the matching costs must have a weight other than 0")
+        self.cost_class = cost_class
+        self.cost_mask = cost_mask
+        self.cost_dice = cost_dice
+        self.num_points = num_points
+
+    @torch.no_grad()
+    def forward(self, predictions: Predictions, targets: Sequence[Targets]) -> list[list[tuple[Tensor, Tensor]]]:
+        """Match the layers' predictions with the targets of each picture.
+
+        Returns:
+            For each layer, for each picture: indices (n) of queries and (n) of their objects in increasing
+            order of object, n = min(queries, objects), on the targets' device.
+
+        Raises:
+            FloatingPointError: if a prediction is not finite.
+        """
+        device = predictions.class_logits.device
+        costs = [self._costs(predictions, image, target).cpu() for image, target in enumerate(targets)]
+        return [
+            [_assign(picture_costs[layer], device) for picture_costs in costs]
+            for layer in range(len(predictions.class_logits))
+        ]
+
+    def _costs(self, predictions: Predictions, image: int, target: Targets) -> Tensor:
+        """Costs (L, Q, N) of one picture."""
+        probabilities = predictions.class_logits[:, image].float().softmax(-1)
+        cost = -self.cost_class * probabilities[..., target.classes]
+        if len(target):
+            points = torch.rand(self.num_points, 2, device=cost.device)
+            logits = predictions.mask_logits_at(image, points)  # (L, Q, P)
+            objects = sample_points(target.masks.float(), points)  # (N, P)
+            with torch.autocast(cost.device.type, enabled=False):
+                cost = cost + self.cost_mask * cross_entropy_cost(logits, objects)
+                cost = cost + self.cost_dice * dice_cost(logits, objects)
+        if not torch.isfinite(cost).all():
+            raise FloatingPointError(f"the predictions for {target.name} are not finite: the training has diverged")
+        return cost
+
+
+def _assign(cost: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    queries, objects = linear_sum_assignment(cost.numpy())
+    order = objects.argsort()
+    return torch.as_tensor(queries[order], device=device), torch.as_tensor(objects[order], device=device)

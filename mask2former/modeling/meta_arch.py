@@ -1,0 +1,146 @@
+"""The model: backbone, head, and what training and inference make of the head's predictions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from .criterion import SetCriterion
+from .inference import InferenceSettings, postprocess
+from .matcher import HungarianMatcher
+from .targets import prepare_targets
+from .tiling import TiledInference, tile_windows
+
+__all__ = ["MaskFormer"]
+
+
+@META_ARCH_REGISTRY.register()
+class MaskFormer(nn.Module):
+    """Segments pictures by classifying masks: semantic, instance and panoptic (paper, section 3).
+
+    Args:
+        backbone: a Detectron2 backbone.
+        sem_seg_head: maps the backbone's features to ``Predictions``.
+        criterion: maps predictions and targets to losses.
+        inference: what inference makes.
+        size_divisibility: pictures are padded to a multiple of this, or of the backbone's own if that is larger.
+        pixel_mean, pixel_std: of each input channel, in the range of the pictures (0 to 255).
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        sem_seg_head: nn.Module,
+        criterion: SetCriterion,
+        inference: InferenceSettings | None = None,
+        size_divisibility: int = 32,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.sem_seg_head = sem_seg_head
+        self.criterion = criterion
+        self.inference = inference or InferenceSettings()
+        self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        mask_former = cfg.MODEL.MASK_FORMER
+        backbone = build_backbone(cfg)
+        matcher = HungarianMatcher(
+            cost_class=mask_former.CLASS_WEIGHT,
+            cost_mask=mask_former.MASK_WEIGHT,
+            cost_dice=mask_former.DICE_WEIGHT,
+            num_points=mask_former.TRAIN_NUM_POINTS,
+        )
+        criterion = SetCriterion(
+            cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            matcher,
+            class_weight=mask_former.CLASS_WEIGHT,
+            mask_weight=mask_former.MASK_WEIGHT,
+            dice_weight=mask_former.DICE_WEIGHT,
+            no_object_weight=mask_former.NO_OBJECT_WEIGHT,
+            num_points=mask_former.TRAIN_NUM_POINTS,
+            oversample_ratio=mask_former.OVERSAMPLE_RATIO,
+            importance_sample_ratio=mask_former.IMPORTANCE_SAMPLE_RATIO,
+            deep_supervision=mask_former.DEEP_SUPERVISION,
+        )
+        return {
+            "backbone": backbone,
+            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
+            "criterion": criterion,
+            "inference": InferenceSettings.from_config(cfg),
+            "size_divisibility": mask_former.SIZE_DIVISIBILITY,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its inputs are moved to."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> Any:
+        """Train on, or segment, a batch of pictures.
+
+        Args:
+            batched_inputs: dicts with ``image`` (3, h, w), in the config's channel order and range 0 to 255.
+                In training ``instances`` too, with ``gt_classes`` (N) and ``gt_masks`` (N, h, w). In
+                inference optionally ``height`` and ``width``, the size of the results (default: h, w).
+
+        Returns:
+            In training, weighted losses by name. In inference, for each picture a dict as
+            :func:`inference.postprocess` describes it; where inference is in tiles,
+            ``pred_masks`` is a ``CroppedMasks``.
+        """
+        pictures = [self._normalize(x["image"]) for x in batched_inputs]
+        if self.training:
+            images = self._batch(pictures)
+            targets = prepare_targets(batched_inputs, images.tensor.shape[-2:], self.device)
+            return self.criterion(self._predict(images), targets)
+        sizes = [
+            (x.get("height", picture.shape[1]), x.get("width", picture.shape[2]))
+            for x, picture in zip(batched_inputs, pictures, strict=True)
+        ]
+        if self.inference.tile_size:
+            return [self._segment_in_tiles(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
+        images = self._batch(pictures)
+        predictions = self._predict(images)
+        padded_size = images.tensor.shape[-2:]
+        return [
+            postprocess(predictions, index, (padded_size, image_size, size), self.inference)
+            for index, (image_size, size) in enumerate(zip(images.image_sizes, sizes, strict=True))
+        ]
+
+    def _normalize(self, picture: Tensor) -> Tensor:
+        return (picture.to(self.device) - self.pixel_mean) / self.pixel_std
+
+    def _batch(self, pictures: Sequence[Tensor]) -> ImageList:
+        return ImageList.from_tensors(list(pictures), self.size_divisibility)
+
+    def _predict(self, images: ImageList) -> Any:
+        return self.sem_seg_head(self.backbone(images.tensor))
+
+    def _segment_in_tiles(self, picture: Tensor, size: tuple[int, int]) -> dict[str, Any]:
+        settings = self.inference
+        tiled = TiledInference(picture.shape[-2:], size, settings)
+        windows = tile_windows(picture.shape[-2:], settings.tile_size, settings.tile_overlap)
+        for start in range(0, len(windows), settings.tile_batch_size):
+            batch = windows[start : start + settings.tile_batch_size]
+            images = self._batch([picture[:, w.y0 : w.y1, w.x0 : w.x1] for w in batch])
+            predictions = self._predict(images)
+            for index, window in enumerate(batch):
+                tiled.add(window, predictions, index, images.tensor.shape[-2:])
+        return tiled.results()

@@ -1,0 +1,238 @@
+"""The pixel decoder with multi-scale deformable attention (paper, section 3.2.2 and appendix).
+
+Letters: ``B`` batch, ``C`` channels, ``S`` positions of all levels together, ``L`` levels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from ...ops import MSDeformAttn
+from ..position_encoding import PositionEmbeddingSine
+
+__all__ = ["MSDeformAttnPixelDecoder"]
+
+NUM_DECODER_LEVELS = 3  # maps handed to the transformer decoder
+
+
+class MSDeformAttnTransformerEncoderLayer(nn.Module):
+    """Deformable self-attention over all levels, then a feed-forward network; norms after each."""
+
+    def __init__(
+        self, d_model: int, dim_feedforward: int, dropout: float, n_levels: int, n_heads: int, n_points: int
+    ) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        attended = self.self_attn(x + position, reference_points, x, spatial_shapes)
+        x = self.norm1(x + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))
+
+
+class MSDeformAttnTransformerEncoder(nn.Module):
+    """A stack of encoder layers over the flattened levels."""
+
+    def __init__(self, layers: Sequence[MSDeformAttnTransformerEncoderLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, position: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
+        reference_points = cell_centres(spatial_shapes, x.device)
+        for layer in self.layers:
+            x = layer(x, position, reference_points, spatial_shapes)
+        return x
+
+
+class MSDeformAttnTransformer(nn.Module):
+    """Flattens feature maps into one sequence with position and level embeddings, and encodes it."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_layers: int,
+        dim_feedforward: int,
+        dropout: float,
+        n_levels: int,
+        n_heads: int,
+        n_points: int,
+    ) -> None:
+        super().__init__()
+        self.encoder = MSDeformAttnTransformerEncoder(
+            [
+                MSDeformAttnTransformerEncoderLayer(d_model, dim_feedforward, dropout, n_levels, n_heads, n_points)
+                for _ in range(num_layers)
+            ]
+        )
+        self.level_embed = nn.Parameter(torch.empty(n_levels, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        nn.init.normal_(self.level_embed)
+
+    def forward(self, maps: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Tensor]:
+        """Encode maps (B, C, H_l, W_l) with positions (1, C, H_l, W_l) to maps of the same shapes."""
+        spatial_shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
+        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # (B, S, C)
+        position = torch.cat(
+            [
+                p.flatten(2).transpose(1, 2) + embedding
+                for p, embedding in zip(positions, self.level_embed, strict=True)
+            ],
+            dim=1,
+        )  # (1, S, C)
+        x = self.encoder(x, position, spatial_shapes)
+        levels = x.split([height * width for height, width in spatial_shapes], dim=1)
+        return [level.transpose(1, 2).unflatten(-1, shape) for level, shape in zip(levels, spatial_shapes, strict=True)]
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class MSDeformAttnPixelDecoder(nn.Module):
+    """Deformable transformer encoder over the coarse features, then an FPN up to ``common_stride``.
+
+    Args:
+        input_shape: channels and stride of each backbone feature used, by name.
+        conv_dim: width of the encoder and the FPN.
+        mask_dim: channels of the mask features.
+        norm: normalisation of the FPN's convolutions, as Detectron2 names them ("" for none).
+        transformer_in_features: the features that the encoder sees.
+        transformer_dropout, transformer_nheads, transformer_dim_feedforward, transformer_enc_layers,
+            transformer_n_points: the encoder's shape.
+        common_stride: stride of the mask features.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        conv_dim: int = 256,
+        mask_dim: int = 256,
+        norm: str | Callable[[int], nn.Module] = "GN",
+        transformer_in_features: Sequence[str] = ("res3", "res4", "res5"),
+        transformer_dropout: float = 0.0,
+        transformer_nheads: int = 8,
+        transformer_dim_feedforward: int = 1024,
+        transformer_enc_layers: int = 6,
+        transformer_n_points: int = 4,
+        common_stride: int = 4,
+    ) -> None:
+        super().__init__()
+        by_stride = sorted(input_shape.items(), key=lambda item: item[1].stride)
+        encoded = [(name, shape) for name, shape in by_stride if name in transformer_in_features]
+        if len(encoded) < len(transformer_in_features):
+            raise ValueError(
+                f"the encoder is to see {list(transformer_in_features)}, but the features used are {list(input_shape)}"
+            )
+        self.encoder_features = [name for name, _ in reversed(encoded)]  # coarse to fine
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(shape.channels, conv_dim, kernel_size=1), nn.GroupNorm(32, conv_dim))
+            for _, shape in reversed(encoded)
+        )
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        self.transformer = MSDeformAttnTransformer(
+            d_model=conv_dim,
+            num_layers=transformer_enc_layers,
+            dim_feedforward=transformer_dim_feedforward,
+            dropout=transformer_dropout,
+            n_levels=len(encoded),
+            n_heads=transformer_nheads,
+            n_points=transformer_n_points,
+        )
+        self.pe_layer = PositionEmbeddingSine(conv_dim // 2, normalize=True)
+        self.mask_features = Conv2d(conv_dim, mask_dim, kernel_size=1)
+        weight_init.c2_xavier_fill(self.mask_features)
+
+        num_fpn_levels = int(math.log2(encoded[0][1].stride) - math.log2(common_stride))
+        self.fpn_features = [name for name, _ in by_stride[:num_fpn_levels]]
+        for index, (_, shape) in enumerate(by_stride[:num_fpn_levels], start=1):
+            lateral = Conv2d(shape.channels, conv_dim, kernel_size=1, bias=norm == "", norm=get_norm(norm, conv_dim))
+            output = Conv2d(
+                conv_dim,
+                conv_dim,
+                kernel_size=3,
+                padding=1,
+                bias=norm == "",
+                norm=get_norm(norm, conv_dim),
+                activation=F.relu,
+            )
+            for conv in (lateral, output):
+                weight_init.c2_xavier_fill(conv)
+            self.add_module(f"adapter_{index}", lateral)
+            self.add_module(f"layer_{index}", output)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        head = cfg.MODEL.SEM_SEG_HEAD
+        return {
+            "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
+            "conv_dim": head.CONVS_DIM,
+            "mask_dim": head.MASK_DIM,
+            "norm": head.NORM,
+            "transformer_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
+            "transformer_dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
+            "transformer_nheads": cfg.MODEL.MASK_FORMER.NHEADS,
+            "transformer_dim_feedforward": head.DEFORMABLE_TRANSFORMER_ENCODER_DIM_FEEDFORWARD,
+            "transformer_enc_layers": head.TRANSFORMER_ENC_LAYERS,
+            "transformer_n_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
+            "common_stride": head.COMMON_STRIDE,
+        }
+
+    def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Decode backbone features, in float32 whatever autocast says.
+
+        Returns:
+            mask features (B, mask_dim, H/4, W/4), the coarsest encoded map, and three maps
+            (B, conv_dim, H_l, W_l), coarse to fine.
+        """
+        device_type = next(iter(features.values())).device.type
+        with torch.autocast(device_type, enabled=False):
+            maps = self._encode(features)
+            for index, name in reversed(list(enumerate(self.fpn_features, start=1))):
+                lateral = self.get_submodule(f"adapter_{index}")(features[name].float())
+                upsampled = F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+                maps.append(self.get_submodule(f"layer_{index}")(lateral + upsampled))
+            return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
+
+    def _encode(self, features: dict[str, Tensor]) -> list[Tensor]:
+        maps = [
+            projection(features[name].float())
+            for name, projection in zip(self.encoder_features, self.input_proj, strict=True)
+        ]
+        positions = [self.pe_layer(x.shape[-2], x.shape[-1], x.device) for x in maps]
+        return self.transformer(maps, positions)
+
+
+def cell_centres(spatial_shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Normalised (x, y) of every cell's centre, repeated for each level: (1, S, L, 2)."""
+    centres = []
+    for height, width in spatial_shapes:
+        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1))  # (H*W, 2)
+    points = torch.cat(centres)
+    return points[None, :, None].expand(-1, -1, len(spatial_shapes), -1)

@@ -1,0 +1,126 @@
+"""What a transformer decoder predicts, with masks made only where they are looked at.
+
+Letters: ``L`` predictions (decoder layers + 1), ``B`` batch, ``Q`` queries, ``K`` classes, ``C`` channels,
+``P`` points; ``H`` and ``W`` are the picture's padded size, masks have a quarter of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .points import sample_points
+
+__all__ = ["DensePredictions", "Predictions"]
+
+
+class Predictions(Mapping[str, Any]):
+    """Class logits and masks of every decoder layer.
+
+    A mask is the product of a mask embedding with the mask features (paper, section 3.1). It is kept
+    as these factors: losses need it at some points, inference for some queries.
+
+    It reads as the published decoder's dict too: ``pred_logits`` (B, Q, K+1), ``pred_masks``
+    (B, Q, H/4, W/4) of the last layer, and ``aux_outputs``, a list of dicts of the two for the layers before.
+
+    Args:
+        class_logits: (L, B, Q, K+1); the last class is "no object".
+        mask_embeddings: (L, B, Q, C).
+        mask_features: (B, C, H/4, W/4).
+    """
+
+    def __init__(self, class_logits: Tensor, mask_embeddings: Tensor, mask_features: Tensor) -> None:
+        self.class_logits = class_logits
+        self.mask_embeddings = mask_embeddings
+        self.mask_features = mask_features
+
+    @staticmethod
+    def from_outputs(outputs: "Predictions | Mapping[str, Any]") -> "Predictions":
+        """``outputs`` itself, or what a decoder returned as the published dict."""
+        if isinstance(outputs, Predictions):
+            return outputs
+        missing = {"pred_logits", "pred_masks"} - set(outputs)
+        if missing:
+            raise ValueError(f"a transformer decoder must return pred_logits and pred_masks, but {missing} is missing")
+        layers = [*outputs.get("aux_outputs", ()), outputs]
+        return DensePredictions(
+            torch.stack([layer["pred_logits"] for layer in layers]),
+            torch.stack([layer["pred_masks"] for layer in layers]),
+        )
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("pred_logits", "pred_masks", "aux_outputs"))
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "pred_logits":
+            return self.class_logits[-1]
+        if key == "pred_masks":
+            return self._layer_masks(-1)
+        if key == "aux_outputs":
+            return [
+                {"pred_logits": self.class_logits[layer], "pred_masks": self._layer_masks(layer)}
+                for layer in range(len(self.class_logits) - 1)
+            ]
+        raise KeyError(key)
+
+    @property
+    def mask_size(self) -> tuple[int, int]:
+        """Height and width of the masks."""
+        return self.mask_features.shape[-2], self.mask_features.shape[-1]
+
+    def last_layer(self) -> "Predictions":
+        """The last layer's predictions alone."""
+        return Predictions(self.class_logits[-1:], self.mask_embeddings[-1:], self.mask_features)
+
+    def mask_logits(self, layer: int, image: int, queries: Tensor | None = None) -> Tensor:
+        """Mask logits (N, H/4, W/4) in float32 of a picture's queries: of all, or of those with indices (N)."""
+        embeddings = self.mask_embeddings[layer, image]
+        if queries is not None:
+            embeddings = embeddings[queries]
+        with _full_precision(embeddings):
+            return torch.einsum("qc,chw->qhw", embeddings.float(), self.mask_features[image].float())
+
+    def mask_logits_at(self, image: int, points: Tensor) -> Tensor:
+        """Mask logits (L, Q, P) in float32 of all layers and queries of a picture, at normalised (x, y) points (P, 2)."""
+        with _full_precision(points):
+            features = sample_points(self.mask_features[image].float(), points)  # (C, P)
+            return self.mask_embeddings[:, image].float() @ features
+
+    def _layer_masks(self, layer: int) -> Tensor:
+        return torch.stack([self.mask_logits(layer, image) for image in range(self.class_logits.shape[1])])
+
+
+class DensePredictions(Predictions):
+    """Predictions of a decoder that returned whole masks.
+
+    Args:
+        class_logits: (L, B, Q, K+1).
+        masks: mask logits (L, B, Q, H/4, W/4).
+    """
+
+    def __init__(self, class_logits: Tensor, masks: Tensor) -> None:
+        self.class_logits = class_logits
+        self.masks = masks
+
+    @property
+    def mask_size(self) -> tuple[int, int]:
+        return self.masks.shape[-2], self.masks.shape[-1]
+
+    def last_layer(self) -> "Predictions":
+        return DensePredictions(self.class_logits[-1:], self.masks[-1:])
+
+    def mask_logits(self, layer: int, image: int, queries: Tensor | None = None) -> Tensor:
+        masks = self.masks[layer, image].float()
+        return masks if queries is None else masks[queries]
+
+    def mask_logits_at(self, image: int, points: Tensor) -> Tensor:
+        masks = self.masks[:, image].float()  # (L, Q, H/4, W/4)
+        return sample_points(masks.flatten(0, 1), points).unflatten(0, masks.shape[:2])
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,0 +1,191 @@
+"""The transformer decoder with masked attention (paper, section 3.2).
+
+Letters: ``B`` batch, ``Q`` queries, ``C`` channels, ``K`` classes, ``L`` predictions (decoder layers + 1).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from ..position_encoding import PositionEmbeddingSine
+from ..predictions import Predictions
+from .build import TRANSFORMER_DECODER_REGISTRY
+from .layers import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer
+
+__all__ = ["MultiScaleMaskedTransformerDecoder"]
+
+NUM_FEATURE_LEVELS = 3
+
+
+@TRANSFORMER_DECODER_REGISTRY.register()
+class MultiScaleMaskedTransformerDecoder(nn.Module):
+    """Queries that attend, layer by layer, to what the previous layer's masks cover, one feature scale a layer.
+
+    Args:
+        in_channels: channels of the feature maps.
+        mask_classification: must be True: every query has a class.
+        num_classes: K, without "no object".
+        hidden_dim: width of the queries.
+        num_queries: Q.
+        nheads: attention heads.
+        dim_feedforward: width of the feed-forward layers.
+        dec_layers: decoder layers; predictions are made before the first and after each.
+        pre_norm: norm before attention and feed-forward instead of after.
+        mask_dim: channels of the mask features.
+        enforce_input_project: project the feature maps although they have ``hidden_dim`` channels already.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        in_channels: int,
+        mask_classification: bool = True,
+        *,
+        num_classes: int,
+        hidden_dim: int = 256,
+        num_queries: int = 100,
+        nheads: int = 8,
+        dim_feedforward: int = 2048,
+        dec_layers: int = 9,
+        pre_norm: bool = False,
+        mask_dim: int = 256,
+        enforce_input_project: bool = False,
+    ) -> None:
+        super().__init__()
+        if not mask_classification:
+            raise ValueError("MultiScaleMaskedTransformerDecoder classifies masks: mask_classification must be True")
+        if dec_layers < 1:
+            raise ValueError(f"dec_layers must be at least 1 (MASK_FORMER.DEC_LAYERS at least 2), but is {dec_layers}")
+        self.pe_layer = PositionEmbeddingSine(hidden_dim // 2, normalize=True)
+        self.transformer_self_attention_layers = nn.ModuleList(
+            SelfAttentionLayer(hidden_dim, nheads, pre_norm) for _ in range(dec_layers)
+        )
+        self.transformer_cross_attention_layers = nn.ModuleList(
+            CrossAttentionLayer(hidden_dim, nheads, pre_norm) for _ in range(dec_layers)
+        )
+        self.transformer_ffn_layers = nn.ModuleList(
+            FFNLayer(hidden_dim, dim_feedforward, pre_norm) for _ in range(dec_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(hidden_dim)
+        self.query_feat = nn.Embedding(num_queries, hidden_dim)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.level_embed = nn.Embedding(NUM_FEATURE_LEVELS, hidden_dim)
+        self.input_proj = nn.ModuleList(
+            _input_projection(in_channels, hidden_dim, enforce_input_project) for _ in range(NUM_FEATURE_LEVELS)
+        )
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.mask_embed = MLP([hidden_dim, hidden_dim, hidden_dim, mask_dim])
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool) -> dict[str, Any]:
+        mask_former = cfg.MODEL.MASK_FORMER
+        return {
+            "in_channels": in_channels,
+            "mask_classification": mask_classification,
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "hidden_dim": mask_former.HIDDEN_DIM,
+            "num_queries": mask_former.NUM_OBJECT_QUERIES,
+            "nheads": mask_former.NHEADS,
+            "dim_feedforward": mask_former.DIM_FEEDFORWARD,
+            "dec_layers": mask_former.DEC_LAYERS - 1,
+            "pre_norm": mask_former.PRE_NORM,
+            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
+            "enforce_input_project": mask_former.ENFORCE_INPUT_PROJ,
+        }
+
+    def forward(self, maps: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> Predictions:
+        """Predict classes and masks.
+
+        Args:
+            maps: three maps (B, in_channels, H_l, W_l), coarse to fine.
+            mask_features: (B, mask_dim, H/4, W/4).
+            mask: not used; part of the interface of transformer decoders.
+
+        Raises:
+            ValueError: if the number of maps is not three.
+        """
+        if len(maps) != NUM_FEATURE_LEVELS:
+            raise ValueError(f"the decoder attends to {NUM_FEATURE_LEVELS} feature maps, but got {len(maps)}")
+        memories, positions = self._flatten(maps)
+        level_features = [resize_mask_features(mask_features, x.shape[-2:]) for x in maps]
+        batch = mask_features.shape[0]
+        query_position = self.query_embed.weight[None].expand(batch, -1, -1)
+        x = self.query_feat.weight[None].expand(batch, -1, -1)  # (B, Q, C)
+
+        class_logits, mask_embeddings = self._predict(x)
+        predictions = [(class_logits, mask_embeddings)]
+        for index, (cross_attention, self_attention, ffn) in enumerate(
+            zip(
+                self.transformer_cross_attention_layers,
+                self.transformer_self_attention_layers,
+                self.transformer_ffn_layers,
+                strict=True,
+            )
+        ):
+            level = index % NUM_FEATURE_LEVELS
+            bias = masked_attention_bias(mask_embeddings, level_features[level])
+            x = cross_attention(x, query_position, memories[level], positions[level], bias)
+            x = self_attention(x, query_position)
+            x = ffn(x)
+            class_logits, mask_embeddings = self._predict(x)
+            predictions.append((class_logits, mask_embeddings))
+        return Predictions(
+            class_logits=torch.stack([logits for logits, _ in predictions]),
+            mask_embeddings=torch.stack([embeddings for _, embeddings in predictions]),
+            mask_features=mask_features,
+        )
+
+    def _flatten(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Memory (B, H_l*W_l, C) and its position embedding (1, H_l*W_l, C) of each level."""
+        memories = []
+        positions = []
+        for projection, embedding, x in zip(self.input_proj, self.level_embed.weight, maps, strict=True):
+            memories.append(projection(x).flatten(2).transpose(1, 2) + embedding)
+            positions.append(self.pe_layer(x.shape[-2], x.shape[-1], x.device).flatten(2).transpose(1, 2))
+        return memories, positions
+
+    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (B, Q, K+1) and mask embeddings (B, Q, mask_dim) of queries (B, Q, C)."""
+        x = self.decoder_norm(x)
+        return self.class_embed(x), self.mask_embed(x)
+
+
+def resize_mask_features(mask_features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask features (B, C, H/4, W/4) at another size, for attention masks alone: no gradient.
+
+    A mask is a product over channels and resizing is linear too, so features resized once give the
+    resized masks of every layer.
+    """
+    return F.interpolate(mask_features.detach().float(), size=size, mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def masked_attention_bias(mask_embeddings: Tensor, features: Tensor) -> Tensor:
+    """What masked attention adds to the attention logits (paper, equation 2).
+
+    Args:
+        mask_embeddings: (B, Q, C) of the layer before.
+        features: (B, C, H_l, W_l), mask features at the size of the map attended to.
+
+    Returns:
+        (B, 1, Q, H_l*W_l): 0 in the foreground of a query's mask, -inf outside; all 0 where a mask is empty.
+    """
+    with torch.autocast(features.device.type, enabled=False):  # the sign is the mask: no rounding here
+        logits = mask_embeddings.float() @ features.flatten(2)  # (B, Q, H_l*W_l)
+    blocked = logits < 0
+    blocked &= ~blocked.all(dim=-1, keepdim=True)
+    return torch.zeros_like(logits).masked_fill_(blocked, float("-inf"))[:, None]
+
+
+def _input_projection(in_channels: int, hidden_dim: int, enforce: bool) -> nn.Module:
+    if in_channels == hidden_dim and not enforce:
+        return nn.Sequential()
+    projection = Conv2d(in_channels, hidden_dim, kernel_size=1)
+    weight_init.c2_xavier_fill(projection)
+    return projection
