@@ -6,6 +6,7 @@ The functions that return lists take a config (``large_scale_jitter(cfg)``) or p
 import math
 from typing import Any
 
+import cv2
 import numpy as np
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils
@@ -100,15 +101,15 @@ class RandomColorCurve(T.Augmentation):
         self,
         gamma: float = 1.5,
         contrast: float = 0.3,
-        brightness: float = 0.1,
+        brightness: float = 0.3,
         channel_gain: float = 0.15,
         invert_probability: float = 0.1,
     ) -> None:
-        """Each range is symmetric about "no change".
+        """Each range is symmetric about "no change", and none pushes dark objects on a black ground below zero.
 
-        ``gamma``: exponents from 1 / gamma to gamma, log-uniformly. ``contrast``: factors about the mean grey from
-        1 - contrast to 1 + contrast. ``brightness``: offsets up to this share of the full range. ``channel_gain``:
-        factors from 1 - channel_gain to 1 + channel_gain for each channel on its own.
+        ``gamma``: exponents from 1 / gamma to gamma, log-uniformly, of grey relative to the picture's brightest.
+        ``contrast``: factors about the mean grey from 1 - contrast to 1 + contrast. ``brightness``: factors from
+        1 - brightness to 1 + brightness. ``channel_gain``: likewise, for each channel on its own.
         """
         super().__init__()
         self.gamma = gamma
@@ -118,26 +119,20 @@ class RandomColorCurve(T.Augmentation):
         self.invert_probability = invert_probability
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        channels = image.shape[2]
         gamma = self.gamma ** np.random.uniform(-1, 1)
         contrast = 1 + np.random.uniform(-self.contrast, self.contrast)
-        brightness = np.random.uniform(-self.brightness, self.brightness)
-        gains = 1 + np.random.uniform(-self.channel_gain, self.channel_gain, size=(channels, 1))
+        brightness = 1 + np.random.uniform(-self.brightness, self.brightness)
+        gains = 1 + np.random.uniform(-self.channel_gain, self.channel_gain, size=image.shape[2])
         invert = np.random.uniform() < self.invert_probability
 
-        grey = np.linspace(0, 1, 256)
-        mean = (image.mean() / 255) ** gamma
-        curve = (grey**gamma - mean) * contrast + mean + brightness
-        curves = curve * gains  # (C, 256)
+        brightest, mean = max(1, int(image.max())), image.mean()
+        curve = brightest * (np.arange(256) / brightest) ** gamma
+        curve = (curve - mean) * contrast + mean
+        curves = curve[:, np.newaxis] * brightness * gains  # (256, C)
         if invert:
-            curves = 1 - curves
-        table = np.round(np.clip(curves, 0, 1) * 255).astype(np.uint8)
-        return T.ColorTransform(lambda picture: _look_up(table, picture))
-
-
-def _look_up(table: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Replace each value of an (H, W, C) picture by its entry in the (C, 256) table."""
-    return np.stack([curve[image[:, :, channel]] for channel, curve in enumerate(table)], axis=2)
+            curves = 255 - curves
+        table = np.round(np.clip(curves, 0, 255)).astype(np.uint8)[np.newaxis]
+        return T.ColorTransform(lambda picture: cv2.LUT(np.ascontiguousarray(picture), table).reshape(picture.shape))
 
 
 def _large_scale_jitter_from_config(cfg: CfgNode) -> dict[str, Any]:
