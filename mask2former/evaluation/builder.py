@@ -1,0 +1,127 @@
+"""Which evaluators a data set gets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+
+from ..errors import UserError
+from .instance import InstanceSegEvaluator
+from .panoptic import PanopticEvaluator
+from .semantic import SemanticEvaluator
+
+__all__ = ["build_evaluator"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of model output: what evaluates it, and what that reads from the data set's metadata."""
+
+    key: str  # of the output: MODEL.MASK_FORMER.TEST.<key>_ON
+    evaluator: Callable[[str, str | None], DatasetEvaluator]
+    needs: tuple[str, ...]
+
+
+SEMANTIC = Task("SEMANTIC", SemanticEvaluator, ("stuff_classes", "ignore_label"))
+INSTANCE = Task("INSTANCE", InstanceSegEvaluator, ())
+# A panoptic data set's dicts hold no instances that could be converted: they are in a file of their own.
+INSTANCE_OF_PANOPTIC = Task("INSTANCE", InstanceSegEvaluator, ("json_file", "thing_dataset_id_to_contiguous_id"))
+PANOPTIC = Task(
+    "PANOPTIC",
+    PanopticEvaluator,
+    (
+        "panoptic_json",
+        "panoptic_root",
+        "thing_dataset_id_to_contiguous_id",
+        "stuff_dataset_id_to_contiguous_id",
+    ),
+)
+
+# The metadata's evaluator_type -> the tasks that the data set has ground truth for.
+EVALUATOR_TYPES: dict[str, tuple[Task, ...]] = {
+    "sem_seg": (SEMANTIC,),
+    "coco": (INSTANCE,),
+    "coco_panoptic_seg": (PANOPTIC, INSTANCE_OF_PANOPTIC, SEMANTIC),
+}
+
+
+def build_evaluator(
+    dataset_name: str,
+    output_dir: str | None,
+    *,
+    semantic_on: bool,
+    panoptic_on: bool,
+    instance_on: bool,
+    num_classes: int | None = None,
+) -> DatasetEvaluator:
+    """The evaluator for what a model gives and a registered data set has ground truth for.
+
+    Args:
+        dataset_name: chooses by its metadata's ``evaluator_type``.
+        output_dir: gets the predictions in COCO's formats; None: not kept.
+        semantic_on: the model gives ``sem_seg``.
+        panoptic_on: the model gives ``panoptic_seg``.
+        instance_on: the model gives ``instances``.
+        num_classes: the model's number of classes, to be checked against the data set's; None: not checked.
+
+    Returns:
+        One evaluator, or Detectron2's ``DatasetEvaluators`` of several. ``evaluate()`` returns
+        ``{"panoptic_seg" | "segm" | "bbox" | "sem_seg": {metric: percent}}``.
+
+    Raises:
+        UserError: the data set is not registered, its ``evaluator_type`` is not known, none of the
+            model's outputs can be evaluated on it, or its metadata or files don't fit.
+    """
+    if dataset_name not in DatasetCatalog.list():
+        raise UserError(f"data set '{dataset_name}' is not registered: check DATASETS.TEST")
+    metadata = MetadataCatalog.get(dataset_name)
+    on = {"SEMANTIC": semantic_on, "PANOPTIC": panoptic_on, "INSTANCE": instance_on}
+    tasks = _choose_tasks(dataset_name, metadata, {key for key in on if on[key]})
+    for task in tasks:
+        _check_metadata(dataset_name, metadata, task)
+    if num_classes is not None:
+        _check_num_classes(dataset_name, metadata, num_classes)
+    evaluators = [task.evaluator(dataset_name, output_dir) for task in tasks]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def _choose_tasks(dataset_name: str, metadata: Metadata, outputs: set[str]) -> list[Task]:
+    """The tasks of the data set's ``evaluator_type`` that are in the model's ``outputs``."""
+    evaluator_type = metadata.get("evaluator_type")
+    found = f"data set '{dataset_name}' has evaluator_type {evaluator_type!r} (known: {', '.join(EVALUATOR_TYPES)})"
+    if evaluator_type not in EVALUATOR_TYPES:
+        raise UserError(f"{found}: set it in the data set's metadata to one that is known")
+    possible = EVALUATOR_TYPES[evaluator_type]
+    tasks = [task for task in possible if task.key in outputs]
+    if not tasks:
+        switches = " or ".join(f"MODEL.MASK_FORMER.TEST.{task.key}_ON" for task in possible)
+        raise UserError(f"{found}, and the model gives no output that it evaluates: set {switches} to True")
+    return tasks
+
+
+def _check_metadata(dataset_name: str, metadata: Metadata, task: Task) -> None:
+    missing = [key for key in task.needs if metadata.get(key) is None]
+    if missing:
+        raise UserError(
+            f"the metadata of data set '{dataset_name}' lacks {', '.join(missing)}: set it, "
+            f"or set MODEL.MASK_FORMER.TEST.{task.key}_ON to False"
+        )
+
+
+def _check_num_classes(dataset_name: str, metadata: Metadata, num_classes: int) -> None:
+    expected = _count_classes(dataset_name, metadata)
+    if num_classes != expected:
+        raise UserError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but data set '{dataset_name}' has {expected} "
+            f"class{'es' if expected != 1 else ''}: set it to {expected}"
+        )
+
+
+def _count_classes(dataset_name: str, metadata: Metadata) -> int:
+    """Contiguous ids that things and stuff have together; where no ids are given, the names."""
+    if not any(hasattr(metadata, f"{kind}_classes") for kind in ("thing", "stuff")):
+        DatasetCatalog.get(dataset_name)  # Detectron2's COCO loader fills in the metadata
+    maps = [metadata.get(f"{kind}_dataset_id_to_contiguous_id", {}) for kind in ("thing", "stuff")]
+    ids = {contiguous for mapping in maps for contiguous in mapping.values()}
+    return len(ids) or len(metadata.get("stuff_classes", metadata.get("thing_classes", [])))

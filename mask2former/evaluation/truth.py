@@ -1,0 +1,46 @@
+"""Reading ground truth, with errors that name the file."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import UserError
+
+__all__ = ["check_size", "read_json", "reading"]
+
+
+@contextmanager
+def reading(what: str, path: str) -> Iterator[None]:
+    """Turn a failure to open or parse ``path`` in the block into a ``UserError`` that names it."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise UserError(f"{what}: {path} is not a picture") from error
+    except OSError as error:
+        raise UserError(f"{what}: cannot read {path} ({error.strerror or error})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what}: {path} is not valid JSON ({error})") from error
+
+
+def read_json(what: str, path: str) -> Any:
+    """The contents of a JSON file; ``what`` says in an error what the file is."""
+    with reading(what, path), PathManager.open(path, "r") as file:
+        return json.load(file)
+
+
+def check_size(name: str, path: str, size: tuple[int, int]) -> None:
+    """Raise ``UserError`` unless the picture at ``path`` has the prediction's ``size`` (height, width).
+
+    ``name`` is the file that the prediction was made for.
+    """
+    with reading("ground truth", path), PathManager.open(path, "rb") as file, Image.open(file) as picture:
+        width, height = picture.size
+    if (height, width) != size:
+        raise UserError(
+            f"the prediction for {name} has {size[0]}x{size[1]} pixels (height x width), but its ground truth {path} "
+            f"has {height}x{width}: picture and annotation must be the same size"
+        )

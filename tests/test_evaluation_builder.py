@@ -1,0 +1,135 @@
+"""Which evaluators a data set gets; all of them together, in one process and in two."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from perfect_outputs import make_instances, perfect_panoptic, perfect_semantic
+from tiny_dataset import TinyNames, tiny_dataset
+
+from mask2former.errors import UserError
+from mask2former.evaluation import InstanceSegEvaluator, PanopticEvaluator, SemanticEvaluator, build_evaluator
+
+ALL_ON = {"semantic_on": True, "panoptic_on": True, "instance_on": True}
+ALL_OFF = dict.fromkeys(ALL_ON, False)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[TinyNames]:
+    with tiny_dataset(tmp_path / "tiny") as names:
+        yield names
+
+
+def kinds(evaluator: DatasetEvaluator) -> list[type]:
+    return [type(e) for e in (evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator])]
+
+
+@pytest.mark.parametrize(
+    ("evaluator_type", "on", "expected"),
+    [
+        ("coco", ALL_ON, [InstanceSegEvaluator]),
+        ("sem_seg", ALL_ON, [SemanticEvaluator]),
+        ("coco_panoptic_seg", ALL_ON, [PanopticEvaluator, InstanceSegEvaluator, SemanticEvaluator]),
+        ("coco_panoptic_seg", ALL_OFF | {"panoptic_on": True}, [PanopticEvaluator]),
+        ("coco_panoptic_seg", ALL_OFF | {"instance_on": True}, [InstanceSegEvaluator]),
+        ("coco_panoptic_seg", ALL_ON | {"semantic_on": False}, [PanopticEvaluator, InstanceSegEvaluator]),
+    ],
+)
+def test_evaluators_of_a_type(
+    tiny: TinyNames, tmp_path: Path, evaluator_type: str, on: dict[str, bool], expected: list[type]
+) -> None:
+    MetadataCatalog.get(tiny.panoptic).__dict__["evaluator_type"] = evaluator_type
+    assert kinds(build_evaluator(tiny.panoptic, str(tmp_path), num_classes=3, **on)) == expected
+
+
+def test_data_sets_that_do_not_fit(tiny: TinyNames) -> None:
+    known = r"\(known: sem_seg, coco, coco_panoptic_seg\)"
+    with pytest.raises(UserError, match=r"'nowhere' is not registered: check DATASETS\.TEST"):
+        build_evaluator("nowhere", None, **ALL_ON)
+    with pytest.raises(UserError, match=rf"'tiny_instances' has evaluator_type 'coco' {known}.*INSTANCE_ON to True"):
+        build_evaluator(tiny.instances, None, **ALL_ON | {"instance_on": False})
+    MetadataCatalog.get(tiny.instances).__dict__["evaluator_type"] = "moon"
+    with pytest.raises(UserError, match=rf"'tiny_instances' has evaluator_type 'moon' {known}"):
+        build_evaluator(tiny.instances, None, **ALL_ON)
+    del MetadataCatalog.get(tiny.instances).__dict__["evaluator_type"]
+    with pytest.raises(UserError, match=rf"'tiny_instances' has evaluator_type None {known}"):
+        build_evaluator(tiny.instances, None, **ALL_ON)
+    for key, switch in (("json_file", "INSTANCE"), ("panoptic_root", "PANOPTIC"), ("stuff_classes", "SEMANTIC")):
+        metadata = MetadataCatalog.get(tiny.panoptic).__dict__
+        value = metadata.pop(key)
+        with pytest.raises(UserError, match=rf"'tiny_panoptic' lacks {key}: .*{switch}_ON to False"):
+            build_evaluator(tiny.panoptic, None, **ALL_ON)
+        metadata[key] = value
+
+
+def test_number_of_classes(tiny: TinyNames) -> None:
+    for name, right in ((tiny.panoptic, 3), (tiny.instances, 2)):
+        build_evaluator(name, None, num_classes=right, **ALL_ON)
+        with pytest.raises(
+            UserError, match=rf"NUM_CLASSES is 80, but data set '{name}' has {right} classes: set it to"
+        ):
+            build_evaluator(name, None, num_classes=80, **ALL_ON)
+
+
+def test_number_of_classes_from_the_file(tiny: TinyNames) -> None:
+    """Detectron2's ``register_coco_instances`` fills in the metadata when the data set is loaded."""
+    metadata = MetadataCatalog.get(tiny.instances).__dict__
+    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+        del metadata[key]
+    build_evaluator(tiny.instances, None, num_classes=2, **ALL_ON)
+
+
+def outputs_for(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Right everywhere but for one picture whose panoptic and semantic output is empty and one without instances."""
+    outputs = []
+    for index, record in enumerate(records):
+        segment_ids, segments = perfect_panoptic(record)
+        things = [s for s in segments if s["isthing"] and index != 2]
+        masks = torch.stack([segment_ids == s["id"] for s in things]) if things else torch.zeros(0, 64, 64).bool()
+        outputs.append(
+            {
+                "panoptic_seg": (segment_ids, segments) if index else (segment_ids * 0, []),
+                "instances": make_instances(masks, [s["category_id"] for s in things], [0.9] * len(things)),
+                "sem_seg": perfect_semantic(record, 3) * float(index > 0),
+            }
+        )
+    return outputs
+
+
+def evaluate(name: str, output_dir: str, rank: int, step: int) -> Any:
+    evaluator = build_evaluator(name, output_dir, **ALL_ON)
+    evaluator.reset()
+    records = DatasetCatalog.get(name)
+    for record, output in list(zip(records, outputs_for(records), strict=True))[rank::step]:
+        evaluator.process([record], [output])
+    return evaluator.evaluate()
+
+
+def work(rank: int, root: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{root}/rendezvous", rank=rank, world_size=2)
+    with tiny_dataset(root / str(rank), num_images=3) as names:
+        torch.save(evaluate(names.panoptic, str(root), rank, 2), root / f"results{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    with tiny_dataset(tmp_path / "alone", num_images=3) as names:
+        alone = evaluate(names.panoptic, str(tmp_path / "out"), 0, 1)
+    assert list(alone) == ["panoptic_seg", "bbox", "segm", "sem_seg"]
+    assert 50 < alone["panoptic_seg"]["PQ"] < 90
+    assert 50 < alone["segm"]["AP"] < 90
+    assert 10 < alone["sem_seg"]["mIoU"] < 90
+    torch.multiprocessing.spawn(work, args=(tmp_path,), nprocs=2)
+    both = torch.load(tmp_path / "results0.pth", weights_only=False)
+    assert both.keys() == alone.keys()
+    for task in alone:
+        assert both[task] == pytest.approx(alone[task], nan_ok=True)
+    assert not torch.load(tmp_path / "results1.pth", weights_only=False)
+    assert not math.isnan(both["segm"]["AP"])
