@@ -1,0 +1,20 @@
+"""Mask2Former: one model for semantic, instance and panoptic segmentation, as a Detectron2 extension.
+
+Importing this package registers its models and data sets in Detectron2's registries and catalogs.
+"""
+
+from . import data, modeling
+from .config import add_maskformer2_config
+from .data import COCOInstanceNewBaselineDatasetMapper, COCOPanopticNewBaselineDatasetMapper
+from .modeling import MaskFormer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "COCOInstanceNewBaselineDatasetMapper",
+    "COCOPanopticNewBaselineDatasetMapper",
+    "MaskFormer",
+    "add_maskformer2_config",
+    "data",
+    "modeling",
+]

@@ -170,10 +170,6 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # For pictures whose objects have a size in pixels, whatever the picture's own size: microscopy, aerial.
     cfg.INPUT.SCALE_TEST = 0.0
 
-    # Average the weights over training steps with this decay (0: off); the average is what is
-    # evaluated and saved as model_final.
-    cfg.SOLVER.WEIGHT_AVERAGE_DECAY = 0.0
-
     # MODEL.BACKBONE.NAME "TimmBackbone": any of timm's models that gives feature maps at strides 4, 8, 16 and 32.
     timm = cfg.MODEL.TIMM = CfgNode()
     timm.NAME = "efficientnet_lite0"

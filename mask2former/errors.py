@@ -24,7 +24,10 @@ def command(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except UserError as error:
         logging.shutdown()
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error).strip()
+        if message.startswith("Caught UserError in DataLoader worker"):  # a traceback that ends in the message
+            message = message.rpartition("UserError: ")[2]
+        print(f"error: {message}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,0 +1,18 @@
+"""Training and evaluation: one loop, whichever kind of config names the parts."""
+
+from .optimizer import build_optimizer
+from .recipe import Recipe, load_config, load_recipe
+from .setup import available_device, setup_run
+from .trainer import evaluate, evaluate_weights, train
+
+__all__ = [
+    "Recipe",
+    "available_device",
+    "build_optimizer",
+    "evaluate",
+    "evaluate_weights",
+    "load_config",
+    "load_recipe",
+    "setup_run",
+    "train",
+]

@@ -1,0 +1,221 @@
+"""What a run is made of, named by a YAML file or by a LazyConfig."""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
+from detectron2.projects.deeplab import build_lr_scheduler
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from ..config import get_default_config
+from ..data import build_test_loader, build_train_loader
+from ..errors import UserError
+from ..evaluation import build_evaluator
+from .optimizer import build_optimizer
+from .setup import available_device
+
+__all__ = ["Recipe", "load_config", "load_recipe"]
+
+Batch = list[dict[str, Any]]
+
+
+@dataclass
+class TestSet:
+    """A data set to evaluate on: its name, its pictures and what judges the results."""
+
+    name: str
+    build_loader: Callable[[], Iterable[Batch]]
+    build_evaluator: Callable[[], DatasetEvaluator]
+
+
+@dataclass
+class Recipe:
+    """The parts of a run, each built when it is asked for, and the numbers of its loop.
+
+    Attributes:
+        config: the CfgNode or DictConfig that all of it comes from.
+        output_dir: where checkpoints, logs and results go.
+        device: where the model runs.
+        weights: what training or evaluation starts from: a file, an address, or "" for none.
+        max_iter: training steps.
+        amp: automatic mixed precision, on CUDA devices.
+        eval_period, checkpoint_period, log_period: in steps; an eval_period of 0 evaluates at the end alone.
+        max_checkpoints: how many checkpoints are kept; None: all.
+        expected_results: rows of Detectron2's ``TEST.EXPECTED_RESULTS``.
+        build_model: the model, on its device.
+        build_optimizer: from the model; build_scheduler: from the optimizer; build_train_loader: endless batches.
+        test_sets: what is evaluated.
+    """
+
+    config: CfgNode | DictConfig
+    output_dir: str
+    device: str
+    weights: str
+    max_iter: int
+    amp: bool
+    eval_period: int
+    checkpoint_period: int
+    log_period: int
+    max_checkpoints: int | None
+    expected_results: list[Any]
+    build_model: Callable[[], nn.Module]
+    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    build_scheduler: Callable[[torch.optim.Optimizer], Any]
+    build_train_loader: Callable[[], Iterable[Batch]]
+    test_sets: list[TestSet]
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> CfgNode | DictConfig:
+    """Load a YAML file over Detectron2's and this package's defaults, or a LazyConfig file (``.py``).
+
+    Args:
+        overrides: ``KEY VALUE`` pairs, or ``key=value`` for a LazyConfig.
+
+    Raises:
+        UserError: if the file is missing or broken, or a key or a value's type is unknown.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"config file {path or '(none)'} does not exist: give one with --config-file")
+    return _load_lazy(path, overrides) if path.endswith(".py") else _load_yaml(path, overrides)
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a config file; see :func:`load_config`."""
+    config = load_config(path, overrides)
+    return _from_yaml(config) if isinstance(config, CfgNode) else _from_lazy(config)
+
+
+def _load_yaml(path: str, overrides: Sequence[str]) -> CfgNode:
+    cfg = get_default_config()
+    try:
+        cfg.merge_from_file(path)
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, AssertionError, ValueError, yaml.YAMLError) as error:
+        raise UserError(_explain(cfg, path, overrides, error)) from error
+    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
+    cfg.freeze()
+    return cfg
+
+
+def _explain(cfg: CfgNode, path: str, overrides: Sequence[str], error: Exception) -> str:
+    message = str(error).strip("\"'")
+    unknown = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", message)
+    if unknown:
+        similar = difflib.get_close_matches(unknown[1], list(_keys(cfg)), n=3)
+        hint = f": did you mean {' or '.join(similar)}?" if similar else ""
+        return f"unknown config key {unknown[1]} in {path} or in the options{hint}"
+    if len(overrides) % 2:
+        return f"options must be KEY VALUE pairs, but are: {' '.join(overrides)}"
+    return f"config {path} with options {list(overrides)}: {message}"
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterable[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _from_yaml(cfg: CfgNode) -> Recipe:
+    test = cfg.MODEL.MASK_FORMER.TEST
+
+    def test_set(name: str) -> TestSet:
+        return TestSet(
+            name,
+            lambda: build_test_loader(cfg, name),
+            lambda: build_evaluator(
+                name,
+                os.path.join(cfg.OUTPUT_DIR, "inference"),
+                semantic_on=test.SEMANTIC_ON,
+                panoptic_on=test.PANOPTIC_ON,
+                instance_on=test.INSTANCE_ON,
+                num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            ),
+        )
+
+    return Recipe(
+        config=cfg,
+        output_dir=cfg.OUTPUT_DIR,
+        device=cfg.MODEL.DEVICE,
+        weights=cfg.MODEL.WEIGHTS,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        amp=cfg.SOLVER.AMP.ENABLED,
+        eval_period=cfg.TEST.EVAL_PERIOD,
+        checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+        log_period=20,
+        max_checkpoints=None,
+        expected_results=cfg.TEST.EXPECTED_RESULTS,
+        build_model=lambda: build_model(cfg),
+        build_optimizer=lambda model: build_optimizer(cfg, model),
+        build_scheduler=lambda optimizer: build_lr_scheduler(cfg, optimizer),
+        build_train_loader=lambda: build_train_loader(cfg),
+        test_sets=[test_set(name) for name in cfg.DATASETS.TEST],
+    )
+
+
+def _load_lazy(path: str, overrides: Sequence[str]) -> DictConfig:
+    try:
+        cfg = LazyConfig.load(path)
+        LazyConfig.apply_overrides(cfg, _as_assignments(overrides))
+        cfg.train.device = available_device(cfg.train.device)
+    except (OmegaConfBaseException, SyntaxError, ImportError, ValueError) as error:
+        raise UserError(f"config {path} with options {list(overrides)}: {error}") from error
+    return cfg
+
+
+def _as_assignments(overrides: Sequence[str]) -> list[str]:
+    if any("=" in override for override in overrides):
+        return list(overrides)
+    return [f"{key}={value}" for key, value in zip(overrides[::2], overrides[1::2], strict=True)]
+
+
+def _from_lazy(cfg: DictConfig) -> Recipe:
+    train = cfg.train
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        cfg.optimizer.model = model
+        return instantiate(cfg.optimizer)
+
+    def scheduler_of(optimizer: torch.optim.Optimizer) -> Any:
+        cfg.lr_scheduler.optimizer = optimizer
+        return instantiate(cfg.lr_scheduler)
+
+    test_sets = []
+    if "test" in cfg.dataloader:
+        evaluator = cfg.dataloader.evaluator
+        test_sets.append(
+            TestSet(
+                evaluator.dataset_name,
+                lambda: instantiate(cfg.dataloader.test),
+                lambda: instantiate(evaluator),
+            )
+        )
+    return Recipe(
+        config=cfg,
+        output_dir=train.output_dir,
+        device=train.device,
+        weights=train.init_checkpoint,
+        max_iter=train.max_iter,
+        amp=train.amp.enabled,
+        eval_period=train.eval_period,
+        checkpoint_period=train.checkpointer.period,
+        log_period=train.log_period,
+        max_checkpoints=train.checkpointer.max_to_keep,
+        expected_results=OmegaConf.to_container(train.expected_results),
+        build_model=lambda: instantiate(cfg.model).to(train.device),
+        build_optimizer=optimizer_of,
+        build_scheduler=scheduler_of,
+        build_train_loader=lambda: instantiate(cfg.dataloader.train),
+        test_sets=test_sets,
+    )

@@ -1,0 +1,41 @@
+"""What a run needs before its first step: a device, a log, seeds."""
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from detectron2.engine import default_setup
+
+from ..errors import UserError
+
+__all__ = ["available_device", "setup_run"]
+
+
+def available_device(name: str) -> str:
+    """The device ``name``, or "cpu" with one line in the log where it is not there.
+
+    Raises:
+        UserError: if torch knows no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE must be cpu, cuda, cuda:0, mps or the like, but is {name!r}") from error
+    backend = getattr(torch, device.type, None)
+    available = device.type == "cpu" or (backend is not None and backend.is_available())
+    if not available:
+        logging.getLogger(__name__).warning("no %s device is available: running on the CPU", device.type)
+        return "cpu"
+    return name
+
+
+def setup_run(cfg: Any, args: argparse.Namespace) -> None:
+    """Detectron2's set-up of log, output folder and seeds, with warnings that tell users nothing left out."""
+    default_setup(cfg, args)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
+
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    """False for the traceback of a user's mistake, which the command reports in one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError | KeyboardInterrupt))

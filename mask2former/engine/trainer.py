@@ -1,0 +1,125 @@
+"""The training loop and evaluation of a recipe."""
+
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, SimpleTrainer, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
+from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint import Checkpointer
+from .hooks import ConsoleWriter, SaveOnInterrupt
+from .recipe import Recipe
+
+__all__ = ["evaluate", "train"]
+
+Results = dict[str, Any]
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> Results:
+    """Train, saving checkpoints and evaluating on the way and at the end.
+
+    Args:
+        recipe: see :class:`Recipe`.
+        resume: go on from the last checkpoint in the output folder, if there is one.
+
+    Returns:
+        The last evaluation's results, on the main process.
+    """
+    model = recipe.build_model()
+    optimizer = recipe.build_optimizer(model)
+    scheduler = recipe.build_scheduler(optimizer)
+    loader = recipe.build_train_loader()
+    _log_size(model)
+    parallel_model = _for_all_ranks(model)
+    amp = recipe.amp and torch.device(recipe.device).type == "cuda"
+    trainer = (AMPTrainer if amp else SimpleTrainer)(parallel_model, loader, optimizer)
+    checkpointer = Checkpointer(model, recipe.output_dir, trainer=trainer)
+    results: Results = {}
+
+    def evaluate_now() -> Results:
+        results.update(evaluate(recipe, model))
+        return results
+
+    main = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(optimizer, scheduler),
+            hooks.PeriodicCheckpointer(
+                checkpointer, recipe.checkpoint_period, recipe.max_iter, max_to_keep=recipe.max_checkpoints
+            )
+            if main
+            else None,
+            hooks.EvalHook(recipe.eval_period, evaluate_now) if recipe.test_sets else None,
+            hooks.PeriodicWriter(_writers(recipe), recipe.log_period) if main else None,
+            SaveOnInterrupt(checkpointer),
+        ]
+    )
+    resumed = resume and checkpointer.has_checkpoint()
+    checkpointer.resume_or_load(recipe.weights, resume=resume)
+    start_iter = trainer.iter + 1 if resumed else 0
+    if start_iter >= recipe.max_iter:
+        logging.getLogger(__name__).info("the run is complete: %d of %d steps", start_iter, recipe.max_iter)
+        return evaluate(recipe, model)
+    trainer.train(start_iter, recipe.max_iter)
+    _verify(recipe, results)
+    return results
+
+
+def evaluate(recipe: Recipe, model: nn.Module) -> Results:
+    """Evaluate on all test sets, one after the other.
+
+    Returns:
+        ``{task: {metric: value}}``, by the name of the test set first where there are several.
+    """
+    results: Results = OrderedDict()
+    for test_set in recipe.test_sets:
+        evaluator = test_set.build_evaluator()
+        results[test_set.name] = inference_on_dataset(model, test_set.build_loader(), evaluator) or {}
+        if comm.is_main_process():
+            print_csv_format(results[test_set.name])
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def evaluate_weights(recipe: Recipe, *, resume: bool = False) -> Results:
+    """Evaluate the recipe's weights, or the last checkpoint in the output folder where ``resume`` is set."""
+    model = recipe.build_model()
+    Checkpointer(model, recipe.output_dir).resume_or_load(recipe.weights, resume=resume)
+    results = evaluate(recipe, model)
+    _verify(recipe, results)
+    return results
+
+
+def _verify(recipe: Recipe, results: Results) -> None:
+    if comm.is_main_process() and recipe.expected_results:
+        verify_results(CfgNode({"TEST": {"EXPECTED_RESULTS": recipe.expected_results}}), results)
+
+
+def _for_all_ranks(model: nn.Module) -> nn.Module:
+    if comm.get_world_size() == 1:
+        return model
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    return DistributedDataParallel(
+        model, device_ids=[comm.get_local_rank()] if on_cuda else None, broadcast_buffers=False
+    )
+
+
+def _writers(recipe: Recipe) -> list[Any]:
+    return [
+        ConsoleWriter(recipe.max_iter, recipe.log_period),
+        JSONWriter(f"{recipe.output_dir}/metrics.json"),
+        TensorboardXWriter(recipe.output_dir),
+    ]
+
+
+def _log_size(model: nn.Module) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logging.getLogger(__name__).info("%.1f M parameters, %.1f M of them trained", count / 1e6, trained / 1e6)
