@@ -1,0 +1,482 @@
+"""Mappers: the published samples, every form of annotation, and pictures of every kind."""
+
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+import torch
+from detectron2.config import CfgNode, LazyCall, instantiate
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from PIL import Image
+
+from mask2former.config import get_default_config
+from mask2former.data import (
+    COCOInstanceNewBaselineDatasetMapper,
+    COCOPanopticNewBaselineDatasetMapper,
+    MaskFormerDatasetMapper,
+    build_mapper,
+    read_image,
+)
+from mask2former.data.annotations import decode_segmentation, ids_from_rgb, read_instances, read_panoptic, rgb_from_ids
+from mask2former.data.augmentation import RandomColorCurve, RandomScaledCrop, build_test_augmentations, microscopy
+from mask2former.data.datasets import load_panoptic, panoptic_metadata
+from mask2former.errors import UserError
+
+SAMPLES = json.loads((Path(__file__).parent / "data" / "mapper_samples.json").read_text())
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def lsj_config(name: str) -> CfgNode:
+    cfg = get_default_config()
+    cfg.INPUT.DATASET_MAPPER_NAME = name
+    cfg.INPUT.FORMAT = "RGB"
+    return cfg
+
+
+def plain_mapper(reader: Any = read_instances, augmentations: Any = ()) -> MaskFormerDatasetMapper:
+    return MaskFormerDatasetMapper(augmentations=augmentations, image_format="RGB", annotation_reader=reader)
+
+
+def save_picture(path: Path, height: int, width: int) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def instance_dict(folder: Path, segmentations: list[Any], height: int = 40, width: int = 60) -> dict[str, Any]:
+    path = save_picture(folder / "picture.png", height, width)
+    annotations = [
+        {"id": 100 + i, "category_id": i, "iscrowd": 0, "segmentation": s} for i, s in enumerate(segmentations)
+    ]
+    return {"file_name": str(path), "image_id": 7, "height": height, "width": width, "annotations": annotations}
+
+
+def rle_of(mask: np.ndarray, compressed: bool) -> dict[str, Any]:
+    if compressed:
+        return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    flat = mask.ravel(order="F").astype(np.int8)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [1 - flat[-1]]])))
+    return {"size": list(mask.shape), "counts": np.diff(np.concatenate([[0], edges])).tolist()}
+
+
+# ------------------------------------------------------------------------------------- the published mappers
+
+
+def coco_dicts(name: str, coco: Path) -> list[dict[str, Any]]:
+    if name == "coco_panoptic_lsj":
+        return load_panoptic(
+            str(coco / "annotations/panoptic_train2017.json"),
+            str(coco / "train2017"),
+            str(coco / "panoptic_train2017"),
+            None,
+            panoptic_metadata(COCO_CATEGORIES),
+        )
+    try:
+        path = str(coco / "annotations/instances_train2017.json")
+        return load_coco_json(path, str(coco / "train2017"), "coco_of_mapper_samples")
+    finally:
+        MetadataCatalog.remove("coco_of_mapper_samples")
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_published_samples(name: str, shared_data: Path) -> None:
+    dicts = {Path(d["file_name"]).name: d for d in coco_dicts(name, shared_data / "coco")}
+    mapper = build_mapper(lsj_config(name), True)
+    for expected in SAMPLES[name]["samples"]:
+        seed_everything(expected["seed"])
+        sample = mapper(dicts[expected["file"]])
+        instances = sample["instances"]
+
+        assert list(sample["image"].shape) == expected["image_shape"]
+        means = sample["image"].float().mean(dim=(1, 2)).numpy()
+        assert means == pytest.approx(expected["image_mean"], abs=0.5)
+        areas = instances.gt_masks.sum(dim=(1, 2)).tolist()
+        ours = sorted(zip(instances.gt_classes.tolist(), areas, strict=True))
+        published = sorted(pair for pair in zip(expected["classes"], expected["areas"], strict=True) if pair[1])
+        assert [c for c, _ in ours] == [c for c, _ in published]
+        for (_, area), (_, published_area) in zip(ours, published, strict=True):
+            assert area == pytest.approx(published_area, abs=8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("published", "name"),
+    [
+        (COCOInstanceNewBaselineDatasetMapper, "coco_instance_lsj"),
+        (COCOPanopticNewBaselineDatasetMapper, "coco_panoptic_lsj"),
+    ],
+)
+def test_published_class_names_are_the_rows_of_the_table(published: Any, name: str) -> None:
+    by_class = published(get_default_config(), True)  # whatever INPUT.DATASET_MAPPER_NAME says
+    by_name = build_mapper(lsj_config(name), True)
+    assert str(by_class.augmentations) == str(by_name.augmentations)
+    assert by_class.annotation_reader is by_name.annotation_reader
+
+
+def test_unknown_mapper_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="'coco_lsj'.*coco_instance_lsj.*microscopy_panoptic"):
+        build_mapper(lsj_config("coco_lsj"), True)
+
+
+def test_lazy_config_builds_the_same_mapper() -> None:
+    from mask2former.data.augmentation import large_scale_jitter
+
+    node = LazyCall(MaskFormerDatasetMapper)(
+        is_train=True,
+        augmentations=LazyCall(large_scale_jitter)(image_size=512),
+        image_format="RGB",
+        annotation_reader=read_panoptic,
+    )
+    cfg = lsj_config("coco_panoptic_lsj")
+    cfg.INPUT.IMAGE_SIZE = 512
+    assert str(instantiate(node).augmentations) == str(build_mapper(cfg, True).augmentations)
+
+
+def test_for_inference_it_is_detectron2s_mapper(tmp_path: Path) -> None:
+    dataset_dict = {**instance_dict(tmp_path, []), "image_id": 3}
+    cfg = get_default_config()
+    ours, theirs = build_mapper(cfg, False)(dataset_dict), DatasetMapper(cfg, False)(dataset_dict)
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(ours.pop("image"), theirs.pop("image"))
+    assert ours == theirs
+
+
+def test_scale_test_resizes_by_a_factor(tmp_path: Path) -> None:
+    cfg = get_default_config()
+    cfg.INPUT.SCALE_TEST = 2.5
+    assert len(build_test_augmentations(cfg)) == 1
+    sample = build_mapper(cfg, False)(instance_dict(tmp_path, [], height=41, width=60))
+    assert sample["image"].shape == (3, 102, 150)
+    assert (sample["height"], sample["width"]) == (41, 60)
+
+
+# ------------------------------------------------------------------------------------------ instance masks
+
+
+def test_all_coco_polygons_are_filled_as_pycocotools_does(shared_data: Path) -> None:
+    coco = json.loads((shared_data / "coco/annotations/instances_val2017.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    for annotation in coco["annotations"][:300]:
+        height, width = sizes[annotation["image_id"]]
+        rle = annotation["segmentation"]
+        if isinstance(rle, list):
+            rle = coco_mask.merge(coco_mask.frPyObjects(rle, height, width))
+        elif isinstance(rle["counts"], list):
+            rle = coco_mask.frPyObjects(rle, height, width)
+        ours = decode_segmentation(annotation["segmentation"], height, width, "annotation")
+        assert np.array_equal(ours, coco_mask.decode(rle).astype(bool))
+
+
+POLYGONS = {
+    "triangle": [[5, 5, 50, 8, 20, 35]],
+    "two parts": [[2, 2, 20, 2, 20, 20, 2, 20], [30, 5, 55, 5, 40, 35]],
+    "overlapping parts": [[2, 2, 30, 2, 30, 20, 2, 20], [20, 5, 55, 5, 40, 35]],
+    "crosses itself": [[5, 5, 50, 35, 50, 5, 5, 35]],
+    "touches itself": [[5, 5, 30, 5, 30, 20, 50, 20, 50, 35, 30, 35, 30, 20, 5, 20]],
+    "fractions": [[5.3, 5.7, 50.2, 8.8, 20.1, 35.4]],
+    "whole picture": [[0, 0, 60, 0, 60, 40, 0, 40]],
+}
+
+
+@pytest.mark.parametrize("polygons", POLYGONS.values(), ids=POLYGONS.keys())
+def test_polygons_against_pycocotools(polygons: list[list[float]], tmp_path: Path) -> None:
+    expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, 40, 60))).astype(bool)
+    sample = plain_mapper()(instance_dict(tmp_path, [polygons]))
+    assert np.array_equal(sample["instances"].gt_masks[0].numpy(), expected)
+    assert expected.any()
+
+
+LEAVING = {
+    "on the right": [40, 10, 90, 10, 90, 30, 40, 30],
+    "all around": [-500, -500, 500, -500, 500, 500, -500, 500],
+    "far away": [10, 10, 1e9, 10, 1e9, 30, 10, 30],
+    "crossing itself": [-20, 5, 80, 35, 80, 5, -20, 35],
+}
+
+
+@pytest.mark.parametrize("polygon", LEAVING.values(), ids=LEAVING.keys())
+def test_polygons_that_leave_the_picture_end_at_its_border(polygon: list[float], tmp_path: Path) -> None:
+    clipped = np.array(polygon, dtype=float).clip(-600, 600).tolist()
+    larger = coco_mask.decode(coco_mask.frPyObjects([(np.array(clipped) + 600).tolist()], 1240, 1260))[:, :, 0]
+    expected = larger[600:640, 600:660].astype(bool)
+
+    dataset_dict = instance_dict(tmp_path, [[polygon]])
+    sample = plain_mapper()(dataset_dict)
+    assert (sample["instances"].gt_masks[0].numpy() != expected).mean() < 0.01
+
+    padded = plain_mapper(augmentations=[T.FixedSizeCrop((100, 100))])(dataset_dict)
+    assert padded["padding_mask"].sum() == 100 * 100 - 40 * 60
+    assert not padded["instances"].gt_masks[0, padded["padding_mask"]].any()
+
+
+BROKEN = {
+    "two points": [5, 5, 20, 20],
+    "odd": [5, 5, 20, 20, 30, 5, 7],
+    "a line": [5, 5, 20, 20, 35, 35],
+    "outside": [100, 100, 120, 100, 120, 120],
+    "not a number": [5, 5, float("nan"), 20, 30, 5],
+    "empty": [],
+}
+
+
+@pytest.mark.parametrize("polygon", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_polygons_are_dropped_with_one_warning(
+    polygon: list[float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [[5.0, 5, 50, 8, 20, 35]]
+    dataset_dict = instance_dict(tmp_path, [good, [polygon]])
+    with caplog.at_level(logging.WARNING, "mask2former.data.annotations"):
+        for _ in range(2):
+            sample = plain_mapper()(dataset_dict)
+    assert sample["instances"].gt_classes.tolist() == [0]
+    assert sample["instances"].gt_masks.shape == (1, 40, 60)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1
+    assert "annotation id 101" in warnings[0] and dataset_dict["file_name"] in warnings[0]
+
+
+def test_polygons_and_both_run_length_encodings_in_one_picture(tmp_path: Path) -> None:
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[8:30, 15:45] = True
+    mask[0, 0] = True
+    polygon = [[5.0, 5, 50, 8, 20, 35]]
+    dataset_dict = instance_dict(tmp_path, [rle_of(mask, True), polygon, rle_of(mask, False)])
+    instances = plain_mapper()(dataset_dict)["instances"]
+    assert instances.gt_classes.tolist() == [0, 1, 2]
+    assert np.array_equal(instances.gt_masks[0].numpy(), mask)
+    assert torch.equal(instances.gt_masks[0], instances.gt_masks[2])
+    assert np.array_equal(instances.gt_masks[1].numpy(), decode_segmentation(polygon, 40, 60, ""))
+    assert instances.gt_boxes.tensor[0].tolist() == [0, 0, 45, 30]
+
+
+def test_run_length_encodings_are_no_target_in_the_padding(tmp_path: Path) -> None:
+    dataset_dict = instance_dict(tmp_path, [rle_of(np.ones((40, 60), dtype=bool), True)])
+    sample = plain_mapper(augmentations=[T.FixedSizeCrop((64, 64))])(dataset_dict)
+    assert torch.equal(sample["instances"].gt_masks[0], ~sample["padding_mask"])
+    assert sample["padding_mask"].sum() == 64 * 64 - 40 * 60
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        (None, "expected 'segmentation'"),
+        ({"size": [40, 61], "counts": [40 * 61]}, r"size \[40, 61\].*40 pixels high and 60 wide"),
+        ({"size": [40, 60], "counts": [100, 200]}, "add up to 300 pixels, expected 2400"),
+    ],
+)
+def test_broken_segmentations_are_named(segmentation: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"annotation id 100 of picture '.*picture.png'.*{message}"):
+        plain_mapper()(instance_dict(tmp_path, [segmentation]))
+
+
+def test_crowds_are_no_targets(tmp_path: Path) -> None:
+    dataset_dict = instance_dict(tmp_path, [[[5.0, 5, 50, 8, 20, 35]], rle_of(np.ones((40, 60), dtype=bool), True)])
+    dataset_dict["annotations"][1]["iscrowd"] = 1
+    assert plain_mapper()(dataset_dict)["instances"].gt_classes.tolist() == [0]
+
+
+def test_empty_pictures(tmp_path: Path) -> None:
+    sample = plain_mapper()(instance_dict(tmp_path, []))
+    instances = sample["instances"]
+    assert instances.gt_classes.shape == (0,) and instances.gt_classes.dtype == torch.int64
+    assert instances.gt_masks.shape == (0, 40, 60) and instances.gt_masks.dtype == torch.bool
+    assert instances.gt_boxes.tensor.shape == (0, 4)
+    assert {"file_name", "image_id", "height", "width", "image", "padding_mask", "instances"} == sample.keys()
+
+
+def test_objects_that_the_crop_removed_are_left_out(tmp_path: Path) -> None:
+    dataset_dict = instance_dict(tmp_path, [[[2.0, 2, 10, 2, 10, 10]], [[40.0, 20, 55, 20, 55, 35]]])
+    instances = plain_mapper(augmentations=[T.CropTransform(30, 10, 30, 30)])(dataset_dict)["instances"]
+    assert instances.gt_classes.tolist() == [1]
+
+
+def test_the_dataset_dict_is_left_as_it_is(tmp_path: Path) -> None:
+    dataset_dict = instance_dict(tmp_path, [[[5.0, 5, 50, 8, 20, 35]]])
+    before = json.dumps(dataset_dict)
+    plain_mapper(augmentations=[T.HFlipTransform(60)])(dataset_dict)
+    assert json.dumps(dataset_dict) == before
+
+
+def test_a_wrong_kind_of_annotation_is_named(tmp_path: Path) -> None:
+    dataset_dict = instance_dict(tmp_path, [])
+    with pytest.raises(UserError, match=r"picture\.png' has no panoptic annotation"):
+        plain_mapper(read_panoptic)(dataset_dict)
+    del dataset_dict["annotations"]
+    with pytest.raises(UserError, match=r"picture\.png' has no instance annotations"):
+        plain_mapper()(dataset_dict)
+
+
+def test_a_size_that_differs_from_the_annotation_is_named(tmp_path: Path) -> None:
+    dataset_dict = {**instance_dict(tmp_path, []), "width": 61}
+    with pytest.raises(UserError, match=r"picture\.png' is 60 x 40 pixels, but its annotation says 61 x 40"):
+        plain_mapper()(dataset_dict)
+
+
+# ------------------------------------------------------------------------------------------ panoptic masks
+
+
+def panoptic_dict(folder: Path, ids: np.ndarray, segments: list[dict[str, Any]], image: np.ndarray) -> dict[str, Any]:
+    Image.fromarray(image).save(folder / "picture.png")
+    Image.fromarray(rgb_from_ids(ids)).save(folder / "panoptic.png")
+    return {
+        "file_name": str(folder / "picture.png"),
+        "image_id": 1,
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "pan_seg_file_name": str(folder / "panoptic.png"),
+        "segments_info": segments,
+    }
+
+
+def test_ids_go_to_rgb_and_back() -> None:
+    panopticapi = pytest.importorskip("panopticapi.utils")
+    ids = np.random.default_rng(0).integers(0, 1 << 24, (20, 30)).astype(np.uint32)
+    assert np.array_equal(ids_from_rgb(rgb_from_ids(ids)), ids)
+    assert np.array_equal(panopticapi.rgb2id(rgb_from_ids(ids)), ids)
+
+
+def test_panoptic_reader(tmp_path: Path) -> None:
+    ids = np.zeros((20, 30), dtype=np.uint32)
+    ids[2:10, 3:9], ids[12:, :], ids[0:2, 20:] = 70000, 300, 16777215
+    segments = [
+        {"id": 70000, "category_id": 4, "iscrowd": 0},
+        {"id": 300, "category_id": 9, "iscrowd": 0},
+        {"id": 16777215, "category_id": 5, "iscrowd": 0},  # the id that padding looks like
+        {"id": 12, "category_id": 5, "iscrowd": 0},  # not in the PNG
+    ]
+    dataset_dict = panoptic_dict(tmp_path, ids, segments, np.zeros((20, 30, 3), dtype=np.uint8))
+    sample = plain_mapper(read_panoptic, [T.FixedSizeCrop((32, 32))])(dataset_dict)
+    instances = sample["instances"]
+    assert instances.gt_classes.tolist() == [4, 9, 5]
+    for mask, segment in zip(instances.gt_masks.numpy(), segments, strict=False):
+        assert np.array_equal(mask[:20, :30], ids == segment["id"])
+        assert mask.sum() == (ids == segment["id"]).sum()
+    assert instances.gt_boxes.tensor[0].tolist() == [3, 2, 9, 10]
+    assert not {"pan_seg_file_name", "segments_info"} & sample.keys()
+
+    segments[1]["iscrowd"] = 1
+    assert plain_mapper(read_panoptic)(dataset_dict)["instances"].gt_classes.tolist() == [4, 5]
+
+
+def test_a_panoptic_png_of_another_size_is_named(tmp_path: Path) -> None:
+    dataset_dict = panoptic_dict(tmp_path, np.zeros((20, 31), dtype=np.uint32), [], np.zeros((20, 30, 3), np.uint8))
+    with pytest.raises(UserError, match=r"panoptic\.png' is 31 x 20 pixels.*picture\.png' is 30 x 20"):
+        plain_mapper(read_panoptic)(dataset_dict)
+
+
+# ---------------------------------------------------------------------------------------------- microscopy
+
+
+def blobs(folder: Path, height: int, width: int) -> tuple[dict[str, Any], np.ndarray]:
+    """A picture whose grey value is 60 times the segment's number, and its panoptic annotation."""
+    y, x = np.mgrid[:height, :width]
+    ids = np.full((height, width), 1, dtype=np.uint32)
+    ids[(y - 20) ** 2 + (x - 25) ** 2 < 150] = 2
+    ids[(y > 30) & (x > 40) & (x < 60)] = 3
+    ids[(y > height - 25) & (x > width - 40)] = 4
+    image = np.repeat((ids * 60).astype(np.uint8)[:, :, None], 3, axis=2)
+    segments = [{"id": i, "category_id": i - 1, "iscrowd": 0} for i in range(1, 5)]
+    return panoptic_dict(folder, ids, segments, image), ids
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_microscopy_labels_follow_the_picture(seed: int, tmp_path: Path) -> None:
+    dataset_dict, _ = blobs(tmp_path, 90, 110)
+    geometry = microscopy(image_size=64, min_scale=1, max_scale=1)[:-1]
+    seed_everything(seed)
+    sample = plain_mapper(read_panoptic, geometry)(dataset_dict)
+    assert sample["image"].shape == (3, 64, 64)
+    for label, mask in zip(sample["instances"].gt_classes, sample["instances"].gt_masks, strict=True):
+        assert torch.equal(mask, sample["image"][0] == 60 * (label + 1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_microscopy_enlarged_labels_follow_the_picture(seed: int, tmp_path: Path) -> None:
+    dataset_dict, _ = blobs(tmp_path, 90, 110)
+    geometry = microscopy(image_size=160, min_scale=1.5, max_scale=3)[:-1]
+    seed_everything(seed)
+    sample = plain_mapper(read_panoptic, geometry)(dataset_dict)
+    painted = torch.full((160, 160), 128.0)
+    for label, mask in zip(sample["instances"].gt_classes, sample["instances"].gt_masks, strict=True):
+        painted[mask] = 60.0 * (label + 1)
+    assert (painted - sample["image"][0]).abs().gt(30).float().mean() < 0.02  # edges are smooth in the picture
+
+
+def test_microscopy_padding_is_neither_background_nor_object(tmp_path: Path) -> None:
+    dataset_dict, ids = blobs(tmp_path, 90, 110)
+    sample = plain_mapper(read_panoptic, microscopy(image_size=256, min_scale=2, max_scale=2))(dataset_dict)
+    padding = sample["padding_mask"]
+    assert int(padding.sum()) == 256 * 256 - 4 * ids.size
+    assert torch.equal(sample["instances"].gt_masks.any(dim=0), ~padding)
+
+
+def test_scales_are_drawn_from_the_whole_range() -> None:
+    image = np.zeros((300, 300, 3), dtype=np.uint8)
+    crop = RandomScaledCrop(64, 1.5, 3)
+    np.random.seed(0)
+    scales = [64 / crop.get_transform(image).transforms[0].w for _ in range(400)]
+    assert 1.48 < min(scales) < 1.55 and 2.9 < max(scales) < 3.05
+    assert np.mean(np.log(scales)) == pytest.approx(np.log(np.sqrt(1.5 * 3)), abs=0.03)
+    with pytest.raises(ValueError, match="min_scale"):
+        RandomScaledCrop(64, 2, 1)
+
+
+def test_color_curve_keeps_order_or_inverts_it() -> None:
+    ramp = np.repeat(np.arange(0, 250, 10, dtype=np.uint8)[None, :, None], 3, axis=2)
+    keep, invert = RandomColorCurve(invert_probability=0), RandomColorCurve(invert_probability=1)
+    np.random.seed(0)
+    for _ in range(20):
+        assert (np.diff(keep.get_transform(ramp).apply_image(ramp).astype(int), axis=1) >= 0).all()
+        assert (np.diff(invert.get_transform(ramp).apply_image(ramp).astype(int), axis=1) <= 0).all()
+    nothing = RandomColorCurve(1, 0, 0, 0, 0).get_transform(ramp)
+    assert np.array_equal(nothing.apply_image(ramp), ramp)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_pictures_of_every_kind(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (12, 17), dtype=np.uint8)
+    rgb = np.random.default_rng(1).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+    three = np.repeat(grey[:, :, None], 3, axis=2)
+
+    def saved(image: Image.Image, name: str, **options: Any) -> np.ndarray:
+        image.save(tmp_path / name, **options)
+        return read_image(tmp_path / name, "RGB")
+
+    assert np.array_equal(saved(Image.fromarray(grey), "grey.png"), three)
+    assert np.array_equal(saved(Image.fromarray(grey.astype(np.uint16) * 257), "grey16.png"), three)
+    assert np.array_equal(saved(Image.fromarray(grey.astype(np.uint16) * 257), "grey16.tif"), three)
+    assert np.array_equal(saved(Image.fromarray(np.dstack([rgb, grey])), "transparent.png"), rgb)
+    assert np.array_equal(saved(Image.fromarray(grey).convert("P"), "palette.png"), three)
+    rotated = Image.Exif()
+    rotated[274] = 6  # to be shown turned clockwise by a quarter
+    assert np.array_equal(saved(Image.fromarray(rgb), "rotated.png", exif=rotated), np.rot90(rgb, -1))
+    assert np.array_equal(read_image(tmp_path / "transparent.png", "BGR"), rgb[:, :, ::-1])
+
+
+def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'.*absent\.png' does not exist"):
+        read_image(tmp_path / "absent.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"cannot read picture '.*text\.png'"):
+        read_image(tmp_path / "text.png")
+    whole = save_picture(tmp_path / "whole.png", 50, 50).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cannot read picture '.*half\.png'"):
+        read_image(tmp_path / "half.png")
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match=r"float\.tif' holds floating-point numbers"):
+        read_image(tmp_path / "float.tif")
