@@ -38,6 +38,9 @@ DETECTRON2 = "sal-detectron2==0.7.2"
 DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 DETECTRON2_WHEEL_NAME = "sal_detectron2-0.7.2-py3-none-any.whl"
 
+# Enough for a conflict between versions, or the end of a failed build.
+PIP_LINES_SHOWN = 30
+
 # Versions as pip can compare them. Others (a vendor's own scheme) can't be named in a constraint.
 COMPARABLE_VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*(\+[A-Za-z0-9.]+)?")
 
@@ -151,11 +154,16 @@ def write_stamp(dev: bool) -> None:
 
 
 def pip(*arguments: str, on_failure: str) -> None:
-    """Run pip quietly; its errors are shown as they are."""
+    """Run pip in silence; where it fails, show the end of what it said and raise with ``on_failure``."""
     environment = {"PIP_ROOT_USER_ACTION": "ignore", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **os.environ}
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--no-input"]
-    if subprocess.run(command, env=environment, check=False).returncode != 0:
-        raise SetupError(f"{on_failure}, for the reason that pip gives above; then run the same command again")
+    command = [sys.executable, "-m", "pip", *arguments, "--no-input", "--progress-bar=off"]
+    outcome = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if outcome.returncode != 0:
+        lines = [line for line in outcome.stdout.splitlines() if not line.startswith("Requirement already satisfied")]
+        print(*lines[-PIP_LINES_SHOWN:], sep="\n", file=sys.stderr)
+        raise SetupError(on_failure)
 
 
 def need_pip() -> None:
@@ -177,9 +185,10 @@ class Installer:
         self.keep = keep
 
     def install(self, *arguments: str, what: str) -> None:
-        advice = f"{what} could not be installed"
+        advice = f"{what} could not be installed, for the reason that pip gives above"
         if self.keep:
-            advice += f" beside what {sys.prefix} holds, which is never replaced"
+            advice += f" (what {sys.prefix} holds already is never replaced)"
+        advice += ": mend it, then run the same command again"
         # Detectron2's wheel asks for versions that it doesn't need; pip would complain of it each time.
         pip("install", "--no-warn-conflicts", "--constraint", str(self.constraints), *arguments, on_failure=advice)
 
@@ -194,7 +203,8 @@ class Installer:
         found = installed()
         missing = [part for part in ("torch", "torchvision") if part not in found]
         if missing:
-            say(f"installing {' and '.join(missing)} (a CUDA build takes about 6 GB; some minutes)")
+            size = " (a CUDA build takes about 6 GB, and some minutes)" if "torch" in missing else ""
+            say(f"installing {' and '.join(missing)}{size}")
         if missing or not self.keep:
             self.install("torch", "torchvision", what="torch and torchvision")
         version = installed()["torch"]
@@ -234,8 +244,9 @@ def download_detectron2(folder: Path) -> Path:
             DETECTRON2,
         ),
         on_failure=(
-            "Detectron2 could not be downloaded. Check the network and pip's configuration, or install Detectron2 into "
-            f"{name_of(sys.prefix)} by hand (README.md)"
+            "Detectron2 could not be downloaded, for the reason that pip gives above: check the network and pip's "
+            f"configuration and run the same command again, or install Detectron2 into {name_of(sys.prefix)} by hand "
+            "(README.md)"
         ),
     )
     (wheel,) = folder.glob("*.whl")
