@@ -1,0 +1,390 @@
+"""Registrations, checks before the first step, and loaders."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode, LazyCall, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
+from tiny_dataset import TinyNames, tiny_dataset
+
+from mask2former.config import get_default_config
+from mask2former.data import (
+    MaskFormerDatasetMapper,
+    build_test_loader,
+    build_train_loader,
+    check_dataset,
+    load_dataset,
+    register_panoptic,
+)
+from mask2former.data.annotations import read_panoptic
+from mask2former.data.augmentation import large_scale_jitter
+from mask2former.data.checks import count_classes
+from mask2former.data.datasets import load_panoptic, panoptic_metadata, read_classes
+from mask2former.data.panoptic_files import instances_to_panoptic
+from mask2former.errors import UserError
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[TinyNames]:
+    with tiny_dataset(tmp_path, num_images=5) as names:
+        yield names
+
+
+@pytest.fixture
+def scratch_name() -> Iterator[str]:
+    name = "test_data_datasets_scratch"
+    yield name
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if name in catalog.list():
+            catalog.remove(name)
+
+
+def tiny_config(name: str, mapper: str = "coco_panoptic_lsj", num_classes: int = 3) -> CfgNode:
+    cfg = get_default_config()
+    cfg.DATASETS.TRAIN = (name,)
+    cfg.DATASETS.TEST = (name,)
+    cfg.INPUT.DATASET_MAPPER_NAME = mapper
+    cfg.INPUT.IMAGE_SIZE = 64
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = num_classes
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SEED = 5
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------- registrations
+
+PRINT_METADATA = """
+import importlib, json
+import mask2former.data.datasets as datasets
+importlib.reload(datasets)  # importing twice does no harm
+from detectron2.data import MetadataCatalog
+names = ["coco_2017_train_panoptic_with_sem_seg", "coco_2017_val_panoptic_with_sem_seg", "nuclei_train"]
+print(json.dumps({name: MetadataCatalog.get(name).as_dict() for name in names}))
+"""
+
+
+def test_metadata_without_any_file_equals_the_published(repository: Path) -> None:
+    environment = {**os.environ, "DETECTRON2_DATASETS": "ROOT", "PYTHONPATH": str(repository)}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PRINT_METADATA], env=environment, capture_output=True, check=True
+    )
+    ours = json.loads(result.stdout)
+    published = json.loads((repository / "tests/data/coco_panoptic_with_sem_seg.json").read_text())
+    assert len(published) == 2
+    for name, attributes in published.items():
+        assert ours[name].pop("name") == name
+        assert ours[name] == attributes
+
+    nuclei = ours["nuclei_train"]
+    assert nuclei["thing_classes"] == ["nucleus"]
+    assert nuclei["stuff_classes"] == ["nucleus", "background"]
+    assert nuclei["thing_dataset_id_to_contiguous_id"] == {"1": 0}
+    assert nuclei["stuff_dataset_id_to_contiguous_id"] == {"1": 0, "2": 1}
+    assert nuclei["panoptic_json"] == "ROOT/nuclei/annotations/panoptic_train.json"
+    assert nuclei["json_file"] == "ROOT/nuclei/annotations/train.json"
+    assert nuclei["evaluator_type"] == "coco_panoptic_seg"
+
+
+def test_detectron2s_own_data_sets_stay_as_they_are() -> None:
+    metadata = MetadataCatalog.get("coco_2017_train_panoptic")
+    assert len(metadata.thing_classes) == 133  # the published package replaces them
+
+
+def test_metadata_needs_things_first_and_unique_ids() -> None:
+    thing, stuff = read_classes("nuclei")
+    with pytest.raises(UserError, match="'nucleus' is a thing, but comes after stuff"):
+        panoptic_metadata([stuff, thing])
+    with pytest.raises(UserError, match="class id 1 is used twice"):
+        panoptic_metadata([thing, {**stuff, "id": 1}])
+
+
+def write_panoptic(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A panoptic data set of one picture without its files; the arguments to register it with."""
+    segment = {"id": 9, "category_id": 1, "iscrowd": 0, "area": 4, "bbox": [0, 0, 2, 2], **changes}
+    content = {
+        "images": [{"id": 3, "file_name": "a/b.tif", "height": 20, "width": 30}],
+        "annotations": [{"image_id": 3, "file_name": "b.png", "segments_info": [segment]}],
+    }
+    (folder / "panoptic.json").write_text(json.dumps(content))
+    return {
+        "metadata": panoptic_metadata(read_classes("nuclei")),
+        "image_root": str(folder / "images"),
+        "panoptic_root": str(folder / "panoptic"),
+        "panoptic_json": str(folder / "panoptic.json"),
+        "sem_seg_root": str(folder / "semantic"),
+    }
+
+
+def test_dataset_dicts_of_a_users_own_panoptic_folder(tmp_path: Path, scratch_name: str) -> None:
+    arguments = write_panoptic(tmp_path)
+    register_panoptic(scratch_name, **arguments)
+    register_panoptic(scratch_name, **arguments)  # a notebook's cell that is run again
+    (dataset_dict,) = DatasetCatalog.get(scratch_name)
+    segments = dataset_dict.pop("segments_info")
+    assert dataset_dict == {
+        "file_name": str(tmp_path / "images/a/b.tif"),
+        "image_id": 3,
+        "height": 20,
+        "width": 30,
+        "pan_seg_file_name": str(tmp_path / "panoptic/b.png"),
+        "sem_seg_file_name": str(tmp_path / "semantic/b.png"),
+    }
+    expected = {"id": 9, "category_id": 0, "isthing": True, "iscrowd": 0, "area": 4, "bbox": [0, 0, 2, 2]}
+    assert segments == [expected]
+    with pytest.raises(UserError, match=f"'{scratch_name}' is taken"):
+        register_panoptic(scratch_name, **{**arguments, "panoptic_json": "other.json"})
+
+
+def test_coco_dicts_agree_with_detectron2s_loader(shared_data: Path) -> None:
+    coco = shared_data / "coco"
+    paths = [str(coco / "annotations/panoptic_val2017.json"), str(coco / "val2017"), str(coco / "panoptic_val2017")]
+    metadata = panoptic_metadata(COCO_CATEGORIES)
+    ours, theirs = load_panoptic(*paths, None, metadata), load_coco_panoptic_json(*paths, metadata)
+    assert len(ours) == 100
+    assert [{k: v for k, v in d.items() if k not in ("height", "width")} for d in ours] == theirs
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def test_missing_json_says_what_to_run() -> None:
+    if os.path.exists(MetadataCatalog.get("nuclei_train").panoptic_json):
+        pytest.skip("the nuclei data set is there")
+    with pytest.raises(UserError, match=r"panoptic_train\.json' does not exist: .*prepare_nuclei\.py"):
+        load_dataset("nuclei_train")
+
+
+def test_missing_instances_json_is_named(tmp_path: Path, scratch_name: str) -> None:
+    register_coco_instances(scratch_name, {}, str(tmp_path / "absent.json"), str(tmp_path))
+    with pytest.raises(UserError, match=r"absent\.json', which does not exist.*DETECTRON2_DATASETS"):
+        load_dataset(scratch_name)
+
+
+def test_unknown_names_list_similar_ones() -> None:
+    with pytest.raises(UserError, match="'nuclei_tran' is not registered: did you mean 'nuclei_train'"):
+        load_dataset("nuclei_tran")
+
+
+def test_wrong_number_of_classes(tiny: TinyNames) -> None:
+    with pytest.raises(UserError) as error:
+        check_dataset(tiny.panoptic, 80)
+    assert str(error.value) == (
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES is 80, but data set 'tiny_panoptic' has 3 classes: set it to 3"
+    )
+    assert len(check_dataset(tiny.panoptic, 3)) == 5
+    assert len(check_dataset(tiny.instances, 2)) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "expected"),
+    [
+        ("coco_2017_train", "annotations", 80),
+        ("coco_2017_train_panoptic", "segments_info", 133),
+        ("coco_2017_train_panoptic_with_sem_seg", "segments_info", 133),
+        ("nuclei_val", "segments_info", 2),
+        ("ade20k_sem_seg_train", "sem_seg_file_name", 150),
+        ("cityscapes_fine_panoptic_train", "segments_info", 19),
+        ("cityscapes_fine_instance_seg_train", "annotations", 8),
+    ],
+)
+def test_number_of_classes_of_known_data_sets(name: str, key: str, expected: int) -> None:
+    assert count_classes(name, [{key: []}]) == expected
+
+
+def test_missing_files_are_counted_and_named(tmp_path: Path, scratch_name: str) -> None:
+    register_panoptic(scratch_name, **write_panoptic(tmp_path))
+    with pytest.raises(UserError, match=r"1 of 1 pictures are missing, the first is '.*images/a/b\.tif'"):
+        check_dataset(scratch_name)
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/b.tif").touch()
+    with pytest.raises(UserError, match=r"1 of 1 panoptic annotations are missing.*panoptic/b\.png"):
+        check_dataset(scratch_name)
+    (tmp_path / "panoptic").mkdir()
+    (tmp_path / "panoptic/b.png").touch()
+    assert len(check_dataset(scratch_name, 2)) == 1
+    with pytest.raises(UserError, match=r"1 of 1 semantic annotations are missing"):
+        check_dataset(scratch_name, semantic_files=True)
+
+
+def test_unknown_class_in_a_panoptic_json(tmp_path: Path, scratch_name: str) -> None:
+    register_panoptic(scratch_name, **write_panoptic(tmp_path, category_id=5))
+    with pytest.raises(UserError, match=r"panoptic\.json': 'b\.png': segment 9 has category_id 5.* 2 classes"):
+        load_dataset(scratch_name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_id": 12}, r"annotation 4 \(of picture 2\) has category_id 12"),
+        ({"id": 3}, "annotation 3 .*its id is used more than once"),
+        ({"bbox": []}, "annotation 4 .* has bbox"),
+    ],
+)
+def test_broken_instances_json(change: dict[str, Any], message: str, tiny: TinyNames, tmp_path: Path) -> None:
+    path = tmp_path / "instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][3].update({"id": 4, "image_id": 2, **change})
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"instances\.json'?: {message}"):
+        load_dataset(tiny.instances)
+
+
+def test_class_out_of_range_in_a_users_own_dicts(tmp_path: Path, scratch_name: str) -> None:
+    annotations = [{"id": 17, "category_id": 2}]
+    DatasetCatalog.register(scratch_name, lambda: [{"file_name": "a.png", "annotations": annotations}])
+    MetadataCatalog.get(scratch_name).set(thing_classes=["one", "two"])
+    with pytest.raises(UserError, match=r"'a\.png': annotation 17 has category_id 2, expected 0 to 1"):
+        check_dataset(scratch_name, 2)
+
+
+def test_broken_json_is_named(tmp_path: Path, scratch_name: str) -> None:
+    arguments = write_panoptic(tmp_path)
+    (tmp_path / "panoptic.json").write_text('{"images": [')
+    register_panoptic(scratch_name, **arguments)
+    with pytest.raises(UserError, match=r"cannot read '.*panoptic\.json'"):
+        load_dataset(scratch_name)
+    (tmp_path / "panoptic.json").write_text("[]")
+    with pytest.raises(UserError, match=r"panoptic\.json' is not in COCO's panoptic format"):
+        load_dataset(scratch_name)
+
+
+# ------------------------------------------------------------------------------------------------ loaders
+
+
+def first_batches(loader: Any, count: int = 3) -> list[list[dict[str, Any]]]:
+    return list(islice(iter(loader), count))
+
+
+def assert_equal_batches(left: list[Any], right: list[Any]) -> None:
+    for a, b in zip(left, right, strict=True):
+        assert [sample["image_id"] for sample in a] == [sample["image_id"] for sample in b]
+        assert all(torch.equal(x["image"], y["image"]) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_batches_repeat_with_a_seed(workers: int, tiny: TinyNames) -> None:
+    cfg = tiny_config(tiny.panoptic)
+    cfg.DATALOADER.NUM_WORKERS = workers
+    runs = []
+    for state in (1, 2):
+        np.random.seed(0 if workers == 0 else state)  # workers don't depend on the caller's generators
+        torch.manual_seed(state)
+        runs.append(first_batches(build_train_loader(cfg)))
+    assert_equal_batches(*runs)
+    sample = runs[0][0][0]
+    assert len(runs[0][0]) == 2
+    assert sample["image"].shape == (3, 64, 64) and sample["instances"].gt_masks.dtype == torch.bool
+
+    cfg.SEED = 6
+    other = [s["image_id"] for batch in first_batches(build_train_loader(cfg), 6) for s in batch]
+    cfg.SEED = 5
+    same = [s["image_id"] for batch in first_batches(build_train_loader(cfg), 6) for s in batch]
+    assert other != same
+
+
+def test_keyword_values_give_the_same_batches_as_a_config(tiny: TinyNames) -> None:
+    node = LazyCall(build_train_loader)(
+        dataset=tiny.panoptic,
+        mapper=LazyCall(MaskFormerDatasetMapper)(
+            augmentations=LazyCall(large_scale_jitter)(image_size=64),
+            image_format="BGR",
+            annotation_reader=read_panoptic,
+        ),
+        total_batch_size=2,
+        num_workers=0,
+        seed=5,
+        num_classes=3,
+    )
+    np.random.seed(0)
+    by_keywords = first_batches(instantiate(node))
+    np.random.seed(0)
+    assert_equal_batches(first_batches(build_train_loader(tiny_config(tiny.panoptic))), by_keywords)
+
+
+def test_dataset_dicts_can_be_given(tiny: TinyNames) -> None:
+    cfg = tiny_config(tiny.panoptic)
+    mapper = MaskFormerDatasetMapper(cfg, True)
+    loader = build_train_loader(load_dataset(tiny.panoptic)[:2], mapper=mapper, total_batch_size=2)
+    assert {sample["image_id"] for sample in first_batches(loader, 1)[0]} <= {1, 2}
+
+
+def test_instances_are_read_and_empty_pictures_filtered(tiny: TinyNames, tmp_path: Path) -> None:
+    path = tmp_path / "instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [annotation for annotation in content["annotations"] if annotation["image_id"] != 2]
+    path.write_text(json.dumps(content))
+    cfg = tiny_config(tiny.instances, "coco_instance_lsj", num_classes=2)
+    seen = {s["image_id"] for batch in first_batches(build_train_loader(cfg), 10) for s in batch}
+    assert seen == {1, 3, 4, 5}
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    seen = {s["image_id"] for batch in first_batches(build_train_loader(cfg), 10) for s in batch}
+    assert seen == {1, 2, 3, 4, 5}
+
+
+def test_repeat_factor_sampler(tiny: TinyNames) -> None:
+    cfg = tiny_config(tiny.instances, "coco_instance_lsj", num_classes=2)
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.5
+    assert len(first_batches(build_train_loader(cfg))) == 3
+    cfg.DATALOADER.SAMPLER_TRAIN = "NoSampler"
+    with pytest.raises(UserError, match="DATALOADER.SAMPLER_TRAIN is 'NoSampler', expected TrainingSampler"):
+        build_train_loader(cfg)
+
+
+def test_mistakes_are_found_before_the_first_batch(tiny: TinyNames) -> None:
+    with pytest.raises(UserError, match="NUM_CLASSES is 80, but data set 'tiny_panoptic' has 3"):
+        build_train_loader(tiny_config(tiny.panoptic, num_classes=80))
+    with pytest.raises(UserError, match="NUM_CLASSES is 80, but data set 'tiny_panoptic' has 3"):
+        build_test_loader(tiny_config(tiny.panoptic, num_classes=80), tiny.panoptic)
+    cfg = tiny_config(tiny.panoptic)
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(UserError, match="set DATASETS.TRAIN"):
+        build_train_loader(cfg)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_test_loader_gives_every_picture_once_in_order(workers: int, tiny: TinyNames) -> None:
+    cfg = tiny_config(tiny.panoptic)
+    cfg.DATALOADER.NUM_WORKERS = workers
+    cfg.INPUT.MIN_SIZE_TEST = 96
+    batches = list(build_test_loader(cfg, tiny.panoptic))
+    assert [sample["image_id"] for batch in batches for sample in batch] == [1, 2, 3, 4, 5]
+    assert batches[0][0]["image"].shape == (3, 96, 96)
+    assert "instances" not in batches[0][0]
+
+
+def test_nuclei_samples_have_the_annotated_areas(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "nuclei/annotations/val.json"
+    problems = instances_to_panoptic(
+        source, read_classes("nuclei"), tmp_path / "p.json", tmp_path / "p", tmp_path / "s", background=2
+    )
+    assert not problems
+    dicts = load_panoptic(
+        str(tmp_path / "p.json"),
+        str(shared_data / "nuclei/val"),
+        str(tmp_path / "p"),
+        str(tmp_path / "s"),
+        panoptic_metadata(read_classes("nuclei")),
+    )
+    mapper = MaskFormerDatasetMapper(augmentations=[], image_format="RGB", annotation_reader=read_panoptic)
+    content = json.loads(source.read_text())
+    assert len(dicts) == len(content["images"]) == 60
+    for dataset_dict in dicts[:10]:
+        instances = mapper(dataset_dict)["instances"]
+        areas = sorted(instances.gt_masks[instances.gt_classes == 0].sum(dim=(1, 2)).tolist())
+        annotated = sorted(a["area"] for a in content["annotations"] if a["image_id"] == dataset_dict["image_id"])
+        assert areas == annotated
+        assert bool(instances.gt_masks.any(dim=0).all())  # nuclei and background are everything
