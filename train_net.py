@@ -8,15 +8,10 @@ Examples:
 """
 
 import argparse
-import os
-import sys
 
 import torch
 from detectron2.engine import default_argument_parser, launch
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-import mask2former  # noqa: E402, F401
 from mask2former.engine import evaluate_weights, load_recipe, setup_run, train
 from mask2former.errors import UserError, command
 

@@ -72,10 +72,10 @@ class SetCriterion(nn.Module):
         masks = [target.masks.float() for target in targets]
         last = len(predictions.class_logits) - 1
         losses = {}
-        for layer in range(last + 1):
+        for layer, mask_logits in enumerate(_matched_masks(predictions, matches)):
             layer_losses = {
                 "loss_ce": self._class_loss(predictions.class_logits[layer], targets, matches[layer]),
-                **self._mask_losses(predictions, layer, masks, matches[layer], num_objects),
+                **self._mask_losses(mask_logits, masks, matches[layer], num_objects),
             }
             suffix = "" if layer == last else f"_{layer}"
             losses.update({name + suffix: self.weights[name] * loss for name, loss in layer_losses.items()})
@@ -89,21 +89,17 @@ class SetCriterion(nn.Module):
         return F.cross_entropy(logits.float().transpose(1, 2), classes, self.empty_weight)
 
     def _mask_losses(
-        self, predictions: Predictions, layer: int, masks: Sequence[Tensor], matches: Matches, num_objects: float
+        self, logits: Tensor, masks: Sequence[Tensor], matches: Matches, num_objects: float
     ) -> dict[str, Tensor]:
-        """Mask losses of the matched queries against target masks (N, H, W) of each picture."""
-        logits = torch.cat(
-            [predictions.mask_logits(layer, image, queries) for image, (queries, _) in enumerate(matches)]
-        )  # (N, H/4, W/4)
+        """Mask losses of the matched queries' logits (N, H/4, W/4) against target masks (n, H, W) of each picture."""
         objects = torch.cat(
             [
                 picture if len(indices) == len(picture) else picture[indices]
                 for picture, (_, indices) in zip(masks, matches, strict=True)
             ]
         )  # (N, H, W)
-        if not len(logits):  # still a function of the predictions
-            nothing = logits.sum() + 0 * predictions.mask_logits(layer, 0, torch.zeros(1, dtype=torch.int64)).sum()
-            return {"loss_mask": nothing, "loss_dice": nothing}
+        if not len(logits):  # 0, and still a function of the predictions
+            return {"loss_mask": logits.sum(), "loss_dice": logits.sum()}
         points = uncertain_points(logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
         with torch.autocast(logits.device.type, enabled=False):
             point_logits = sample_points_each(logits, points)
@@ -112,6 +108,15 @@ class SetCriterion(nn.Module):
                 "loss_mask": cross_entropy_loss(point_logits, labels) / num_objects,
                 "loss_dice": dice_loss(point_logits, labels) / num_objects,
             }
+
+
+def _matched_masks(predictions: Predictions, matches: Sequence[Matches]) -> list[Tensor]:
+    """For each layer the mask logits (N, H/4, W/4) of all matched queries, picture after picture."""
+    pictures = []
+    for image in range(len(matches[0])):
+        queries = torch.stack([layer_matches[image][0] for layer_matches in matches])  # (L, n)
+        pictures.append(predictions.matched_mask_logits(image, queries).unbind(0))
+    return [torch.cat(layer) for layer in zip(*pictures, strict=True)]
 
 
 def _mean_over_ranks(count: int, device: torch.device) -> float:

@@ -34,6 +34,7 @@ class Predictions(Mapping[str, Any]):
         self.class_logits = class_logits
         self.mask_embeddings = mask_embeddings
         self.mask_features = mask_features
+        self._features = mask_features.float().unbind(0)  # once: the backward of indexing fills a whole batch
 
     @staticmethod
     def from_outputs(outputs: "Predictions | Mapping[str, Any]") -> "Predictions":
@@ -82,12 +83,19 @@ class Predictions(Mapping[str, Any]):
         if queries is not None:
             embeddings = embeddings[queries]
         with _full_precision(embeddings):
-            return torch.einsum("qc,chw->qhw", embeddings.float(), self.mask_features[image].float())
+            return torch.einsum("qc,chw->qhw", embeddings.float(), self._features[image])
+
+    def matched_mask_logits(self, image: int, queries: Tensor) -> Tensor:
+        """Mask logits (L, N, H/4, W/4) in float32 of a picture: of N queries for each layer, given their indices (L, N)."""
+        layers = torch.arange(len(queries), device=queries.device)[:, None]
+        embeddings = self.mask_embeddings[layers, image, queries]  # (L, N, C)
+        with _full_precision(embeddings):
+            return torch.einsum("lqc,chw->lqhw", embeddings.float(), self._features[image])
 
     def mask_logits_at(self, image: int, points: Tensor) -> Tensor:
         """Mask logits (L, Q, P) in float32 of all layers and queries of a picture, at normalised (x, y) points (P, 2)."""
         with _full_precision(points):
-            features = sample_points(self.mask_features[image].float(), points)  # (C, P)
+            features = sample_points(self._features[image], points)  # (C, P)
             return self.mask_embeddings[:, image].float() @ features
 
     def _layer_masks(self, layer: int) -> Tensor:
@@ -116,6 +124,10 @@ class DensePredictions(Predictions):
     def mask_logits(self, layer: int, image: int, queries: Tensor | None = None) -> Tensor:
         masks = self.masks[layer, image].float()
         return masks if queries is None else masks[queries]
+
+    def matched_mask_logits(self, image: int, queries: Tensor) -> Tensor:
+        layers = torch.arange(len(queries), device=queries.device)[:, None]
+        return self.masks[layers, image, queries].float()
 
     def mask_logits_at(self, image: int, points: Tensor) -> Tensor:
         masks = self.masks[:, image].float()  # (L, Q, H/4, W/4)

@@ -47,7 +47,7 @@ class TimmBackbone(Backbone):
         if norm not in NORMS:
             raise UserError(f"MODEL.TIMM.NORM must be one of {', '.join(NORMS)}, but is {norm!r}")
         self.norm = norm
-        self.body = _create(name, bn_eps)
+        self.body = _create(name, bn_eps).to(memory_format=torch.channels_last)
         by_stride = {stride: index for index, stride in enumerate(self.body.feature_info.reduction())}
         missing = [feature for feature in out_features if STRIDES.get(feature) not in by_stride]
         if missing:
@@ -72,7 +72,7 @@ class TimmBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map normalised pictures (B, 3, H, W) to feature maps by name."""
-        maps = self.body(x)
+        maps = self.body(x.contiguous(memory_format=torch.channels_last))  # depthwise: 2 to 5 times as fast on a CPU
         return {feature: maps[index] for feature, index in self._indices.items()}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
