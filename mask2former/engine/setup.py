@@ -5,7 +5,10 @@ import logging
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from ..errors import UserError
 
@@ -31,7 +34,9 @@ def available_device(name: str) -> str:
 
 
 def setup_run(cfg: Any, args: argparse.Namespace) -> None:
-    """Detectron2's set-up of log, output folder and seeds, with warnings that tell users nothing left out."""
+    """Detectron2's set-up of log, output folder and seeds, for this package's log too."""
+    output_dir = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="mask2former")
     default_setup(cfg, args)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
 

@@ -55,6 +55,8 @@ class InferenceSettings:
     tile_batch_size: int = 4
 
     def __post_init__(self) -> None:
+        if self.thing_classes is not None:  # a LazyConfig gives a list
+            object.__setattr__(self, "thing_classes", frozenset(self.thing_classes))
         if self.tile_size and not 0 <= self.tile_overlap < self.tile_size:
             raise ValueError(
                 "tiles must share less than their side: "
