@@ -67,7 +67,7 @@ class Recipe:
     checkpoint_period: int
     log_period: int
     max_checkpoints: int | None
-    expected_results: list[Any]
+    expected_results: Any
     build_model: Callable[[], nn.Module]
     build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     build_scheduler: Callable[[torch.optim.Optimizer], Any]
@@ -212,7 +212,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         checkpoint_period=train.checkpointer.period,
         log_period=train.log_period,
         max_checkpoints=train.checkpointer.max_to_keep,
-        expected_results=OmegaConf.to_container(train.expected_results),
+        expected_results=OmegaConf.to_object(train.expected_results),
         build_model=lambda: instantiate(cfg.model).to(train.device),
         build_optimizer=optimizer_of,
         build_scheduler=scheduler_of,

@@ -1,6 +1,6 @@
 """The head: pixel decoder and transformer decoder."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -12,6 +12,13 @@ from .predictions import Predictions
 from .transformer_decoder import build_transformer_decoder
 
 __all__ = ["MaskFormerHead"]
+
+
+class PixelDecoder(Protocol):
+    """What the head asks of a pixel decoder, a module."""
+
+    def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
+        """Mask features (B, C, H/4, W/4), anything, and feature maps from coarse to fine."""
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -31,7 +38,7 @@ class MaskFormerHead(nn.Module):
     def __init__(
         self,
         *,
-        pixel_decoder: nn.Module,
+        pixel_decoder: PixelDecoder,
         transformer_predictor: nn.Module,
         transformer_in_feature: str = "multi_scale_pixel_decoder",
         num_classes: int,

@@ -135,8 +135,9 @@ class MaskFormer(nn.Module):
 
     def _segment_in_tiles(self, picture: Tensor, size: tuple[int, int]) -> dict[str, Any]:
         settings = self.inference
-        tiled = TiledInference(picture.shape[-2:], size, settings)
-        windows = tile_windows(picture.shape[-2:], settings.tile_size, settings.tile_overlap)
+        input_size = (picture.shape[-2], picture.shape[-1])
+        tiled = TiledInference(input_size, size, settings)
+        windows = tile_windows(input_size, settings.tile_size, settings.tile_overlap)
         for start in range(0, len(windows), settings.tile_batch_size):
             batch = windows[start : start + settings.tile_batch_size]
             images = self._batch([picture[:, w.y0 : w.y1, w.x0 : w.x1] for w in batch])

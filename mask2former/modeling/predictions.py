@@ -86,14 +86,14 @@ class Predictions(Mapping[str, Any]):
             return torch.einsum("qc,chw->qhw", embeddings.float(), self._features[image])
 
     def matched_mask_logits(self, image: int, queries: Tensor) -> Tensor:
-        """Mask logits (L, N, H/4, W/4) in float32 of a picture: of N queries for each layer, given their indices (L, N)."""
+        """Mask logits (L, N, H/4, W/4) in float32 of a picture's queries with indices (L, N)."""
         layers = torch.arange(len(queries), device=queries.device)[:, None]
         embeddings = self.mask_embeddings[layers, image, queries]  # (L, N, C)
         with _full_precision(embeddings):
             return torch.einsum("lqc,chw->lqhw", embeddings.float(), self._features[image])
 
     def mask_logits_at(self, image: int, points: Tensor) -> Tensor:
-        """Mask logits (L, Q, P) in float32 of all layers and queries of a picture, at normalised (x, y) points (P, 2)."""
+        """Mask logits (L, Q, P) in float32 of a picture at (x, y) points (P, 2) in [0, 1], for all layers and queries."""
         with _full_precision(points):
             features = sample_points(self._features[image], points)  # (C, P)
             return self.mask_embeddings[:, image].float() @ features

@@ -149,7 +149,7 @@ def _join_parts(parts: TileInstances) -> TileInstances:
     for index, g in enumerate(group):
         members.setdefault(g, []).append(index)
     objects = [_union(parts[torch.tensor(indices)]) for indices in members.values()]
-    return TileInstances.cat([parts[:0], *objects])
+    return TileInstances.cat(objects) if objects else parts
 
 
 def _agree(parts: TileInstances, i: int, j: int) -> bool:

@@ -104,12 +104,13 @@ def _create(name: str, bn_eps: float | None) -> Any:
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise UserError(f"timm has no model {name!r}" + (f"; similar names: {similar}" if similar else ""))
-    return timm.create_model(name, features_only=True, **({} if bn_eps is None else {"bn_eps": bn_eps}))
+    options: dict[str, Any] = {} if bn_eps is None else {"bn_eps": bn_eps}
+    return timm.create_model(name, features_only=True, **options)
 
 
 def _fold_batch_norms(body: nn.Module) -> list[tuple[str, str, float]]:
     """Take the batch norms out of ``body``; names of each convolution and its former norm, and the norm's epsilon."""
-    folded = []
+    folded: list[tuple[str, str, float]] = []
     conv_name = ""
     for name, module in list(body.named_modules()):
         if isinstance(module, nn.Conv2d):

@@ -147,13 +147,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
                 f"the encoder is to see {list(transformer_in_features)}, but the features used are {list(input_shape)}"
             )
         self.encoder_features = [name for name, _ in reversed(encoded)]  # coarse to fine
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(shape.channels, conv_dim, kernel_size=1), nn.GroupNorm(32, conv_dim))
-            for _, shape in reversed(encoded)
-        )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+        self.input_proj = nn.ModuleList(_input_projection(s.channels, conv_dim) for _, s in reversed(encoded))
         self.transformer = MSDeformAttnTransformer(
             d_model=conv_dim,
             num_layers=transformer_enc_layers,
@@ -225,6 +219,14 @@ class MSDeformAttnPixelDecoder(nn.Module):
         ]
         positions = [self.pe_layer(x.shape[-2], x.shape[-1], x.device) for x in maps]
         return self.transformer(maps, positions)
+
+
+def _input_projection(in_channels: int, conv_dim: int) -> nn.Module:
+    conv = nn.Conv2d(in_channels, conv_dim, kernel_size=1)
+    nn.init.xavier_uniform_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.GroupNorm(32, conv_dim))
 
 
 def cell_centres(spatial_shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

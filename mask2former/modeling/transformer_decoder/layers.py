@@ -24,13 +24,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Attend from query (B, Q, C) to key and value (B, S, C), with (B, 1, Q, S) added to the logits."""
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
-        heads = [
+        q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        ]  # each (B, M, Q or S, C/M)
+        )  # each (B, M, Q or S, C/M)
         if attention_bias is not None:
-            attention_bias = attention_bias.to(heads[0].dtype)
-        attended = F.scaled_dot_product_attention(*heads, attn_mask=attention_bias)
+            attention_bias = attention_bias.to(q.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 

@@ -156,13 +156,13 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         return self.class_embed(x), self.mask_embed(x)
 
 
-def resize_mask_features(mask_features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask features (B, C, H/4, W/4) at another size, for attention masks alone: no gradient.
+def resize_mask_features(mask_features: Tensor, size: Sequence[int]) -> Tensor:
+    """Mask features (B, C, H/4, W/4) at another (height, width), for attention masks alone: no gradient.
 
     A mask is a product over channels and resizing is linear too, so features resized once give the
     resized masks of every layer.
     """
-    return F.interpolate(mask_features.detach().float(), size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(mask_features.detach().float(), size=list(size), mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()
