@@ -9,11 +9,10 @@ Examples:
 
 import argparse
 
-import torch
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 
-from mask2former.engine import evaluate_weights, load_recipe, setup_run, train
-from mask2former.errors import UserError, command
+from mask2former.engine import evaluate_weights, launch, load_recipe, setup_run, train
+from mask2former.errors import command
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,19 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = default_argument_parser(epilog=__doc__)
-    args = parser.parse_args()
-    gpus = torch.cuda.device_count()
-    if args.num_gpus > max(gpus, 1):
-        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {gpus}: give at most {max(gpus, 1)}")
-    launch(
-        run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(run, default_argument_parser(epilog=__doc__).parse_args())
 
 
 if __name__ == "__main__":

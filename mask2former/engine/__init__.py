@@ -1,5 +1,6 @@
 """Training and evaluation: one loop, whichever kind of config names the parts."""
 
+from .launch import launch
 from .optimizer import build_optimizer
 from .recipe import Recipe, load_config, load_recipe
 from .setup import available_device, setup_run
@@ -11,6 +12,7 @@ __all__ = [
     "build_optimizer",
     "evaluate",
     "evaluate_weights",
+    "launch",
     "load_config",
     "load_recipe",
     "setup_run",

@@ -93,7 +93,7 @@ class Predictions(Mapping[str, Any]):
             return torch.einsum("lqc,chw->lqhw", embeddings.float(), self._features[image])
 
     def mask_logits_at(self, image: int, points: Tensor) -> Tensor:
-        """Mask logits (L, Q, P) in float32 of a picture at (x, y) points (P, 2) in [0, 1], for all layers and queries."""
+        """Mask logits (L, Q, P) in float32 of a picture at (x, y) points (P, 2) in [0, 1], for all layers."""
         with _full_precision(points):
             features = sample_points(self._features[image], points)  # (C, P)
             return self.mask_embeddings[:, image].float() @ features
