@@ -105,24 +105,27 @@ class MaskFormer(nn.Module):
             :func:`inference.postprocess` describes it; where inference is in tiles,
             ``pred_masks`` is a ``CroppedMasks``.
         """
-        pictures = [self._normalize(x["image"]) for x in batched_inputs]
         if self.training:
-            images = self._batch(pictures)
+            images = self.preprocess(batched_inputs)
             targets = prepare_targets(batched_inputs, images.tensor.shape[-2:], self.device)
             return self.criterion(self._predict(images), targets)
-        sizes = [
-            (x.get("height", picture.shape[1]), x.get("width", picture.shape[2]))
-            for x, picture in zip(batched_inputs, pictures, strict=True)
-        ]
+        sizes = [(x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2])) for x in batched_inputs]
         if self.inference.tile_size:
-            return [self._segment_in_tiles(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
-        images = self._batch(pictures)
+            return [
+                self._segment_in_tiles(self._normalize(x["image"]), size)
+                for x, size in zip(batched_inputs, sizes, strict=True)
+            ]
+        images = self.preprocess(batched_inputs)
         predictions = self._predict(images)
         padded_size = images.tensor.shape[-2:]
         return [
             postprocess(predictions, index, (padded_size, image_size, size), self.inference)
             for index, (image_size, size) in enumerate(zip(images.image_sizes, sizes, strict=True))
         ]
+
+    def preprocess(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
+        """Normalised pictures (B, 3, H, W), padded to a common size."""
+        return self._batch([self._normalize(x["image"]) for x in batched_inputs])
 
     def _normalize(self, picture: Tensor) -> Tensor:
         return (picture.to(self.device) - self.pixel_mean) / self.pixel_std
