@@ -47,14 +47,14 @@ def _check_shapes(
     areas = sum(height * width for height, width in spatial_shapes)
     if areas != size:
         raise ValueError(f"spatial_shapes {list(spatial_shapes)} have {areas} cells, but value has {size} positions")
-    expected = (batch, sampling_locations.shape[1], heads, len(spatial_shapes))
-    if sampling_locations.dim() != 6 or sampling_locations.shape[:4] != expected or sampling_locations.shape[5] != 2:
+    shape = tuple(sampling_locations.shape)
+    if len(shape) != 6 or (shape[0], *shape[2:4], shape[5]) != (batch, heads, len(spatial_shapes), 2):
         raise ValueError(
             f"sampling_locations must be (B, Q, M, L, P, 2) with B, M, L = {batch}, {heads}, {len(spatial_shapes)}, "
-            f"but has shape {tuple(sampling_locations.shape)}"
+            f"but has shape {shape}"
         )
-    if attention_weights.shape != sampling_locations.shape[:5]:
+    if attention_weights.shape != shape[:5]:
         raise ValueError(
-            f"attention_weights must have shape {tuple(sampling_locations.shape[:5])} as sampling_locations has, "
+            f"attention_weights must have shape {shape[:5]} as sampling_locations has, "
             f"but has shape {tuple(attention_weights.shape)}"
         )

@@ -24,7 +24,7 @@ def ms_deform_attn_reference(
     Arguments and result are those of :func:`mask2former.ops.ms_deform_attn`, which checks them.
     """
     batch, _, heads, channels = value.shape
-    queries = sampling_locations.shape[1]
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[3] * sampling_locations.shape[4]
     output_dtype = value.dtype
     if output_dtype in (torch.float16, torch.bfloat16):  # too coarse for locations, and for sums
         value = value.float()
@@ -35,7 +35,7 @@ def ms_deform_attn_reference(
         maps = level_value.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B*M, Q, P, 2)
         sampled.append(F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    points = torch.cat(sampled, dim=-1)  # (B*M, D, Q, L*P)
-    weights = attention_weights.to(value.dtype).transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    output = (points * weights).sum(-1)  # (B*M, D, Q)
+    features = torch.cat(sampled, dim=-1)  # (B*M, D, Q, L*P)
+    weights = attention_weights.to(value.dtype).transpose(1, 2).reshape(batch * heads, 1, queries, points)
+    output = (features * weights).sum(-1)  # (B*M, D, Q)
     return output.view(batch, heads * channels, queries).transpose(1, 2).to(output_dtype).contiguous()
