@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
@@ -62,32 +63,51 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             UserError: if it can't be fetched or read, or fits this model nowhere.
         """
-        if path and urlparse(path).scheme:
-            try:
-                PathManager.get_local_path(path)
-            except OSError as error:
-                raise UserError(f"{path} can't be fetched ({error}): set MODEL.WEIGHTS to a file") from error
-        elif path and not os.path.isfile(path):
-            raise UserError(f"checkpoint {path} does not exist: check MODEL.WEIGHTS")
-        return super().load(path, *args, **kwargs)
+        if path:
+            _check_file(path)
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 leaves it set when loading fails
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_checkpoint(filename)
-        if filename.endswith(".pkl") and "__author__" not in content:
+        if filename.endswith(".pkl") and "model" not in content:
             weights = content.get("blobs", content)
             weights = {name: value for name, value in weights.items() if not name.endswith("_momentum")}
-            return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-        if is_efficientnet_pytorch(content):
+            content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        elif is_efficientnet_pytorch(content):
             content = from_efficientnet_pytorch(content, prefix="backbone.body.")
-        return content if "model" in content else {"model": content}
+        content = content if "model" in content else {"model": content}
+        _check_weights(filename, content["model"])
+        return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        weights = checkpoint["model"]
+        count = len(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
-        skipped = len(incompatible.incorrect_shapes) + len(incompatible.unexpected_keys)
-        if not checkpoint.get("matching_heuristics") and weights and skipped == len(weights):
-            raise UserError(f"none of the checkpoint's {skipped} weights fits this model: is it of another model?")
+        if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
+            raise UserError(f"none of the checkpoint's {count} weights fits this model: is it of another model?")
         return incompatible
+
+
+def _check_file(path: str) -> None:
+    try:
+        local_path = PathManager.get_local_path(path) if urlparse(path).scheme else path
+    except OSError as error:
+        raise UserError(f"{path} can't be fetched ({error}): set MODEL.WEIGHTS to a file") from error
+    if not os.path.isfile(local_path):
+        raise UserError(f"checkpoint {path} does not exist: check MODEL.WEIGHTS")
+
+
+def _check_weights(path: str, weights: Any) -> None:
+    if not isinstance(weights, dict):
+        raise UserError(f"checkpoint {path} must hold a dict of tensors, but holds a {type(weights).__name__}")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor | np.ndarray):
+            raise UserError(
+                f"checkpoint {path} must hold tensors by name, alone or as 'model', but {name!r} is a "
+                f"{type(value).__name__}: save what holds the tensors"
+            )
 
 
 def load_weights(model: nn.Module, path: str) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,16 +18,25 @@ from ..errors import UserError
 
 __all__ = ["read_checkpoint", "replace_file", "write_safetensors"]
 
-# What a pickle of NumPy arrays names, under NumPy 1 and 2.
+# NumPy's inner package, under version 1 and 2; a pickle names that of the version that wrote it.
+NUMPY_CORES = ("numpy.core.", "numpy._core.")
+NUMPY_CORE = NUMPY_CORES[int(np.__version__.partition(".")[0]) >= 2]
+# What a pickle of NumPy arrays names.
 PICKLE_GLOBALS = {
-    (module, name)
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-    for name in ("_reconstruct", "scalar")
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")}
+    (f"{NUMPY_CORE}multiarray", "_reconstruct"),
+    (f"{NUMPY_CORE}multiarray", "scalar"),
+    (f"{NUMPY_CORE}numeric", "_frombuffer"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module.startswith(NUMPY_CORES):
+            module = NUMPY_CORE + module.rpartition(".")[2]
         if (module, name) not in PICKLE_GLOBALS:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an array")
         return super().find_class(module, name)
@@ -61,14 +72,23 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"checkpoint {path} ({os.path.getsize(path):,} bytes) can't be read: it is cut short, "
-            f"or no checkpoint ({reason[0]}). Get it again"
+            f"or no checkpoint ({_reason(error)}). Get it again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} must hold a dict of tensors, but holds a {type(content).__name__}")
     return content
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if refused:
+        return f"it names {refused[1]}, which is no part of a tensor"
+    if "weights_only" in text:  # torch goes on with advice to run the file's code
+        return "it is no file of torch.save"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: str, dtype: torch.dtype = torch.float32) -> None:
