@@ -161,8 +161,6 @@ def test_classes_of_metadata_with_gaps():
 
 
 def test_classes_of_the_registered_data_sets():
-    import mask2former.data  # noqa: F401
-
     nuclei = Classes.of(MetadataCatalog.get("nuclei_val"))
     assert nuclei.names == ["nucleus", "background"]
     coco = Classes.of(MetadataCatalog.get("coco_2017_val_panoptic_with_sem_seg"))

@@ -9,7 +9,6 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-import mask2former.data  # noqa: F401  (registers the data set)
 from mask2former.checkpoint import write_safetensors
 from mask2former.config import get_default_config
 

@@ -6,21 +6,26 @@ Letters: ``B`` batch, ``Q`` queries, ``S`` keys, ``C`` channels, ``M`` heads.
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["MLP", "CrossAttentionLayer", "FFNLayer", "SelfAttentionLayer"]
 
 
-class MultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention``'s parameters, computed by ``scaled_dot_product_attention``.
+class MultiheadAttention(nn.Module):
+    """Attention with the parameter names of ``nn.MultiheadAttention``, batch first, one mask for all heads."""
 
-    Batch first, and one mask for all heads instead of one a head.
-    """
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model))
+        self.out_proj = nn.Linear(d_model, d_model)
+        nn.init.zeros_(self.out_proj.bias)
+        initialize_matrices(self)
 
-    def forward(  # type: ignore[override]
-        self, query: Tensor, key: Tensor, value: Tensor, attention_bias: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_bias: Tensor | None = None) -> Tensor:
         """Attend from query (B, Q, C) to key and value (B, S, C), with (B, 1, Q, S) added to the logits."""
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
