@@ -165,11 +165,22 @@ def test_pixel_decoder_without_its_method_is_refused() -> None:
         build_model(cfg)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_losses_stay_float32_under_autocast() -> None:
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.bfloat16), pytest.param("cuda", torch.float16, marks=NEEDS_CUDA)]
+)
+def test_losses_stay_float32_under_autocast(device: str, dtype: torch.dtype) -> None:
     cfg = tiny_config()
-    cfg.MODEL.DEVICE = "cuda"
+    cfg.MODEL.DEVICE = device
     model = build_model(cfg).train()
-    with torch.autocast("cuda", dtype=torch.float16):
+    captured = []
+    model.sem_seg_head.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    with torch.autocast(device, dtype=dtype):
         losses = model([sample((4, 4, 40, 40))])
+    sum(losses.values()).backward()
     assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
+    assert captured[0].class_logits.dtype == dtype  # autocast was at work
+    assert captured[0].mask_features.dtype == torch.float32
+    assert captured[0].mask_logits(-1, 0).dtype == torch.float32
