@@ -20,7 +20,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 
-from mask2former.results import Classes, Labels, Region, instance_regions, label_regions, semantic_labels
+from .results import Classes, Labels, Region, instance_regions, label_regions, semantic_labels
 
 __all__ = ["OUTPUT_KINDS", "Palette", "Picture", "draw", "draw_instances", "draw_panoptic", "draw_semantic"]
 

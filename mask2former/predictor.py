@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 from torch import nn
 
-from mask2former.checkpoint import load_weights
-from mask2former.data import build_mapper, read_image
-from mask2former.engine import available_device, load_config
-from mask2former.errors import UserError
-from mask2former.modeling import MaskFormer
+from .checkpoint import load_weights
+from .data import build_mapper, read_image
+from .engine import available_device, load_config
+from .errors import UserError
+from .modeling import MaskFormer
 
 __all__ = ["Picture", "Predictor"]
 

@@ -1,12 +1,12 @@
 """From files on disk to batches: data sets, mappers, loaders. Importing this registers the data sets."""
 
-from mask2former.data import datasets
-from mask2former.data.augmentation import build_test_augmentations
-from mask2former.data.checks import check_dataset, load_dataset
-from mask2former.data.datasets import register_panoptic
-from mask2former.data.images import read_image
-from mask2former.data.loader import build_test_loader, build_train_loader
-from mask2former.data.mapper import (
+from . import datasets
+from .augmentation import build_test_augmentations
+from .checks import check_dataset, load_dataset
+from .datasets import register_panoptic
+from .images import read_image
+from .loader import build_test_loader, build_train_loader
+from .mapper import (
     COCOInstanceNewBaselineDatasetMapper,
     COCOPanopticNewBaselineDatasetMapper,
     MaskFormerDatasetMapper,

@@ -21,8 +21,8 @@ import shapely
 from detectron2.data import transforms as T
 from detectron2.utils.logger import log_first_n
 
-from mask2former.data.images import read_image
-from mask2former.errors import UserError
+from ..errors import UserError
+from .images import read_image
 
 __all__ = [
     "AnnotationReader",

@@ -11,8 +11,8 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from mask2former.data.datasets.panoptic import load_json
-from mask2former.errors import UserError
+from ..errors import UserError
+from .datasets.panoptic import load_json
 
 __all__ = ["check_dataset", "count_classes", "load_dataset"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from detectron2.data import detection_utils
 from PIL import Image, ImageOps
 
-from mask2former.errors import UserError
+from ..errors import UserError
 
 __all__ = ["read_image"]
 

@@ -13,9 +13,9 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
-from mask2former.data.checks import DatasetDicts, check_dataset
-from mask2former.data.mapper import build_mapper
-from mask2former.errors import UserError
+from ..errors import UserError
+from .checks import DatasetDicts, check_dataset
+from .mapper import build_mapper
 
 __all__ = ["build_test_loader", "build_train_loader", "load_training_dicts"]
 

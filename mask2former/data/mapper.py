@@ -15,10 +15,10 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 
-from mask2former.data.annotations import AnnotationReader, read_instances, read_panoptic
-from mask2former.data.augmentation import build_test_augmentations, large_scale_jitter, microscopy
-from mask2former.data.images import read_image
-from mask2former.errors import UserError
+from ..errors import UserError
+from .annotations import AnnotationReader, read_instances, read_panoptic
+from .augmentation import build_test_augmentations, large_scale_jitter, microscopy
+from .images import read_image
 
 __all__ = [
     "MAPPERS",

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mask2former.data.annotations import decode_segmentation, ids_from_rgb, rgb_from_ids
-from mask2former.data.datasets.panoptic import load_json
-from mask2former.data.images import read_image
-from mask2former.errors import UserError
+from ..errors import UserError
+from .annotations import decode_segmentation, ids_from_rgb, rgb_from_ids
+from .datasets.panoptic import load_json
+from .images import read_image
 
 __all__ = [
     "instances_to_panoptic",

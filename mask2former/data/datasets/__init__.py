@@ -3,9 +3,9 @@
 Their folder is that of the environment variable DETECTRON2_DATASETS (by default ``datasets``) at that time.
 """
 
-from mask2former.data.datasets.coco import register_coco
-from mask2former.data.datasets.nuclei import register_nuclei
-from mask2former.data.datasets.panoptic import (
+from .coco import register_coco
+from .nuclei import register_nuclei
+from .panoptic import (
     data_set_root,
     load_panoptic,
     panoptic_metadata,

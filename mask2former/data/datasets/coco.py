@@ -8,7 +8,7 @@ import os
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from mask2former.data.datasets.panoptic import panoptic_metadata, register_panoptic
+from .panoptic import panoptic_metadata, register_panoptic
 
 __all__ = ["register_coco"]
 

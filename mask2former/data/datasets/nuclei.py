@@ -4,7 +4,7 @@ import os
 
 from detectron2.data import DatasetCatalog
 
-from mask2former.data.datasets.panoptic import panoptic_metadata, read_classes, register_panoptic
+from .panoptic import panoptic_metadata, read_classes, register_panoptic
 
 __all__ = ["register_nuclei"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from mask2former.errors import UserError
+from ...errors import UserError
 
 __all__ = ["data_set_root", "load_json", "load_panoptic", "panoptic_metadata", "read_classes", "register_panoptic"]
 
