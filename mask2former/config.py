@@ -97,7 +97,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # A 1x1 convolution on the decoder's input even where the widths already agree.
     mask_former.ENFORCE_INPUT_PROJ = False
 
-    # Pictures of a batch are padded to a multiple of this, in pixels, where the backbone asks for less.
+    # Pictures of a batch are padded to a multiple of this, in pixels (-1: what the backbone asks for).
     mask_former.SIZE_DIVISIBILITY = 32
 
     # Inference: which outputs are made.

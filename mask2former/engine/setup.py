@@ -25,9 +25,8 @@ def available_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"MODEL.DEVICE must be cpu, cuda, cuda:0, mps or the like, but is {name!r}") from error
-    backend = getattr(torch, device.type, None)
-    available = device.type == "cpu" or (backend is not None and backend.is_available())
-    if not available:
+    backends = (getattr(torch, device.type, None), getattr(torch.backends, device.type, None))  # mps: the second
+    if device.type != "cpu" and not any(hasattr(b, "is_available") and b.is_available() for b in backends):
         logging.getLogger(__name__).warning("no %s device is available: running on the CPU", device.type)
         return "cpu"
     return name

@@ -27,7 +27,7 @@ class MaskFormer(nn.Module):
         sem_seg_head: maps the backbone's features to ``Predictions``.
         criterion: maps predictions and targets to losses.
         inference: what inference makes.
-        size_divisibility: pictures are padded to a multiple of this, or of the backbone's own if that is larger.
+        size_divisibility: pictures are padded to a multiple of this; negative: of what the backbone asks for.
         pixel_mean, pixel_std: of each input channel, in the range of the pictures (0 to 255).
     """
 
@@ -51,7 +51,7 @@ class MaskFormer(nn.Module):
         self.sem_seg_head = sem_seg_head
         self.criterion = criterion
         self.inference = inference or InferenceSettings()
-        self.size_divisibility = max(size_divisibility, backbone.size_divisibility)
+        self.size_divisibility = backbone.size_divisibility if size_divisibility < 0 else size_divisibility
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
