@@ -10,6 +10,9 @@ else
   SETUP := $(PYTHON) tools/setup_environment.py --keep
 endif
 
+# Threads that wait for one another sleep: where anything else runs, spinning costs more than it saves.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 # Where the program looks for data sets, too.
 DATASETS := $(or $(DETECTRON2_DATASETS),datasets)
 

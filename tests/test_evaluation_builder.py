@@ -81,7 +81,10 @@ def test_number_of_classes_from_the_file(tiny: TinyNames) -> None:
     metadata = MetadataCatalog.get(tiny.instances).__dict__
     for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
         del metadata[key]
-    build_evaluator(tiny.instances, None, num_classes=2, **ALL_ON)
+    evaluator = build_evaluator(tiny.instances, None, num_classes=2, **ALL_ON)
+    assert isinstance(evaluator, InstanceSegEvaluator)
+    with pytest.raises(UserError, match="has 2 classes"):
+        build_evaluator(tiny.instances, None, num_classes=3, **ALL_ON)
 
 
 def outputs_for(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
