@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 import signal
 import time
 from typing import Any
@@ -24,8 +25,10 @@ class SaveOnInterrupt(HookBase):
         self._checkpointer = checkpointer
         self._interrupted = False
         self._previous: Any = None
+        self._process = 0
 
     def before_train(self) -> None:
+        self._process = os.getpid()
         self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def after_train(self) -> None:
@@ -38,6 +41,8 @@ class SaveOnInterrupt(HookBase):
             raise KeyboardInterrupt
 
     def _on_interrupt(self, *_: Any) -> None:
+        if os.getpid() != self._process:  # a loader's worker, which inherits the handler and is still needed
+            return
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True

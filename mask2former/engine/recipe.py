@@ -1,9 +1,10 @@
 """What a run is made of, named by a YAML file or by a LazyConfig."""
 
 import difflib
+import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.projects.deeplab import build_lr_scheduler
+from detectron2.utils.registry import locate
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -98,9 +101,9 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 def _load_yaml(path: str, overrides: Sequence[str]) -> CfgNode:
     cfg = get_default_config()
     try:
-        cfg.merge_from_file(path)
+        cfg.merge_from_file(path, allow_unsafe=False)
         cfg.merge_from_list(list(overrides))
-    except (KeyError, AssertionError, ValueError, yaml.YAMLError) as error:
+    except (KeyError, AssertionError, OSError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(_explain(cfg, path, overrides, error)) from error
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
@@ -108,23 +111,35 @@ def _load_yaml(path: str, overrides: Sequence[str]) -> CfgNode:
 
 
 def _explain(cfg: CfgNode, path: str, overrides: Sequence[str], error: Exception) -> str:
-    message = str(error).strip("\"'")
+    message = _one_line(error)
     unknown = re.search(r"[Nn]on-existent (?:config )?key: (\S+)", message)
     if unknown:
-        similar = difflib.get_close_matches(unknown[1], list(_keys(cfg)), n=3)
-        hint = f": did you mean {' or '.join(similar)}?" if similar else ""
-        return f"unknown config key {unknown[1]} in {path} or in the options{hint}"
+        return _unknown_key(unknown[1], path, _keys(cfg))
     if len(overrides) % 2:
         return f"options must be KEY VALUE pairs, but are: {' '.join(overrides)}"
-    return f"config {path} with options {list(overrides)}: {message}"
+    return f"config {path} with options {list(overrides)} can't be read: {message}"
 
 
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterable[str]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).strip("\"'")
+
+
+def _unknown_key(key: str, path: str, known: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(key, list(known), n=3)
+    hint = f": did you mean {' or '.join(similar)}?" if similar else ""
+    return f"unknown config key {key} in {path} or in the options{hint}"
+
+
+def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys, and of the arguments that a LazyConfig's callables have besides."""
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
             yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
+    target = config.get("_target_")
+    if target is not None:
+        target = locate(target) if isinstance(target, str) else target  # LazyCall keeps a dataclass by its name
+        yield from (prefix + argument for argument in inspect.signature(target).parameters)
 
 
 def _from_yaml(cfg: CfgNode) -> Recipe:
@@ -165,19 +180,35 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
 
 
 def _load_lazy(path: str, overrides: Sequence[str]) -> DictConfig:
+    assignments = _as_assignments(overrides)
     try:
         cfg = LazyConfig.load(path)
-        LazyConfig.apply_overrides(cfg, _as_assignments(overrides))
-        cfg.train.device = available_device(cfg.train.device)
-    except (OmegaConfBaseException, SyntaxError, ImportError, ValueError) as error:
-        raise UserError(f"config {path} with options {list(overrides)}: {error}") from error
+        _check_lazy_keys(cfg, path, assignments)
+        LazyConfig.apply_overrides(cfg, assignments)
+        device = cfg.train.device
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, SyntaxError, ImportError, KeyError, ValueError) as error:
+        raise UserError(f"config {path} with options {list(overrides)} can't be read: {_one_line(error)}") from error
+    cfg.train.device = available_device(device)
     return cfg
 
 
 def _as_assignments(overrides: Sequence[str]) -> list[str]:
-    if any("=" in override for override in overrides):
+    if all("=" in override for override in overrides):
         return list(overrides)
+    if len(overrides) % 2:
+        raise UserError(f"options must be KEY VALUE pairs, or KEY=VALUE each, but are: {' '.join(overrides)}")
     return [f"{key}={value}" for key, value in zip(overrides[::2], overrides[1::2], strict=True)]
+
+
+def _check_lazy_keys(cfg: DictConfig, path: str, assignments: Sequence[str]) -> None:
+    content: Any = OmegaConf.to_container(cfg, resolve=False)
+    known = set(_keys(content))
+    for assignment in assignments:
+        key = assignment.partition("=")[0].lstrip("+")
+        if key not in known and OmegaConf.select(cfg, key) is None:  # items of lists are found by select
+            raise UserError(_unknown_key(key, path, known))
 
 
 def _from_lazy(cfg: DictConfig) -> Recipe:

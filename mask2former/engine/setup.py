@@ -25,7 +25,8 @@ def available_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"MODEL.DEVICE must be cpu, cuda, cuda:0, mps or the like, but is {name!r}") from error
-    backends = (getattr(torch, device.type, None), getattr(torch.backends, device.type, None))  # mps: the second
+    # torch.cuda, but torch.backends.mps
+    backends: list[Any] = [getattr(place, device.type, None) for place in (torch, torch.backends)]
     if device.type != "cpu" and not any(hasattr(b, "is_available") and b.is_available() for b in backends):
         logging.getLogger(__name__).warning("no %s device is available: running on the CPU", device.type)
         return "cpu"

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
+from ..errors import UserError
 from .hooks import ConsoleWriter, SaveOnInterrupt
 from .recipe import Recipe
 
@@ -67,7 +68,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     start_iter = trainer.iter + 1 if resumed else 0
     if start_iter >= recipe.max_iter:
         logging.getLogger(__name__).info("the run is complete: %d of %d steps", start_iter, recipe.max_iter)
-        return evaluate(recipe, model)
+        results = evaluate(recipe, model)
+        _verify(recipe, results)
+        return results
     trainer.train(start_iter, recipe.max_iter)
     _verify(recipe, results)
     return results
@@ -99,6 +102,12 @@ def evaluate_weights(recipe: Recipe, *, resume: bool = False) -> Results:
 
 def _verify(recipe: Recipe, results: Results) -> None:
     if comm.is_main_process() and recipe.expected_results:
+        unknown = {row[0] for row in recipe.expected_results} - results.keys()
+        if unknown:
+            raise UserError(
+                f"TEST.EXPECTED_RESULTS has rows for {', '.join(sorted(unknown))}, but there are results for "
+                f"{', '.join(results) or 'no task'}"
+            )
         verify_results(CfgNode({"TEST": {"EXPECTED_RESULTS": recipe.expected_results}}), results)
 
 
