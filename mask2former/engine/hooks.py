@@ -8,10 +8,22 @@ import time
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventWriter, get_event_storage
 
-__all__ = ["ConsoleWriter", "SaveOnInterrupt"]
+__all__ = ["ConsoleWriter", "LRScheduler", "SaveOnInterrupt"]
+
+
+class LRScheduler(hooks.LRScheduler):
+    """Detectron2's hook; a checkpoint says how far the schedule is, and the recipe alone what it is.
+
+    So a run can be resumed with more steps.
+    """
+
+    PROGRESS = ("last_epoch", "_step_count", "_last_lr")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({key: value for key, value in state_dict.items() if key in self.PROGRESS})
 
 
 class SaveOnInterrupt(HookBase):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..errors import UserError
-from .hooks import ConsoleWriter, SaveOnInterrupt
+from .hooks import ConsoleWriter, LRScheduler, SaveOnInterrupt
 from .recipe import Recipe
 
 __all__ = ["evaluate", "train"]
@@ -52,7 +52,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
-            hooks.LRScheduler(optimizer, scheduler),
+            LRScheduler(optimizer, scheduler),
             hooks.PeriodicCheckpointer(
                 checkpointer, recipe.checkpoint_period, recipe.max_iter, max_to_keep=recipe.max_checkpoints
             )
