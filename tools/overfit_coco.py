@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quality = train(recipe)["panoptic_seg"]["PQ"]
 
     reached = quality >= options.expected_pq
-    names = ", ".join(image["file_name"] for image in subset["images"])
+    names = ", ".join(sorted(image["file_name"] for image in subset["images"]))
     print(f"PQ {quality:.1f} on {names}: {'as' if reached else 'NOT as'} expected, at least {options.expected_pq:g}")
     return int(not reached)
 
