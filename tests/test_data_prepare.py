@@ -138,7 +138,7 @@ def test_coco_subset_against_a_loop_over_pixels(prepare_coco: ModuleType, shared
 def test_stopped_half_way_and_started_again(repository: Path, prepare_coco: ModuleType, tmp_path: Path) -> None:
     if os.name == "nt":
         pytest.skip("signals of POSIX")
-    fake_coco(tmp_path / "coco", pictures=150, side=300)
+    fake_coco(tmp_path / "coco", pictures=300, side=400)
     script = repository / "datasets/prepare_coco_semantic_annos_from_panoptic_annos.py"
     arguments = ["--root", str(tmp_path / "coco"), "--splits", "val2017", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
@@ -154,14 +154,14 @@ def test_stopped_half_way_and_started_again(repository: Path, prepare_coco: Modu
     assert errors.decode().splitlines()[-1] == "interrupted"
     assert not list(output.glob("*.part"))
     finished = list(output.glob("*.png"))
-    assert 0 < len(finished) < 150
+    assert 0 < len(finished) < 300
     assert all(Image.open(path).load() for path in finished)
 
     # What a process that was killed outright may leave.
     (output / "000000000150.png.part").write_bytes(b"half")
     assert prepare_coco.main(arguments) == 0
     made = contents(output)
-    assert len(made) == 150 and len(set(made.values())) == 1
+    assert len(made) == 300 and len(set(made.values())) == 1
 
 
 # -------------------------------------------------------------------------------------------------- nuclei
