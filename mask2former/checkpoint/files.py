@@ -105,6 +105,9 @@ def replace_file(path: str, write: Any) -> None:
     temporary = f"{path}.part"
     try:
         write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors lets nobody else read its files
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

@@ -1,0 +1,48 @@
+"""The weights in demo/nuclei are those whose figures are recorded beside them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from mask2former.data import load_dataset
+from mask2former.evaluation import InstanceSegEvaluator
+from mask2former.predictor import Predictor
+
+
+@pytest.fixture
+def pictures(repository: Path) -> str:
+    folder = repository / "demo" / "nuclei"
+    name = "nuclei_shipped_test"
+    register_coco_instances(name, {}, str(folder / "annotations" / "instances.json"), str(folder / "images"))
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+@pytest.mark.slow
+def test_average_precision_on_the_six_pictures_is_the_recorded_one(repository: Path, pictures: str) -> None:
+    folder = repository / "demo" / "nuclei"
+    recorded = json.loads((folder / "metrics.json").read_text())["six"]
+    predictor = Predictor(repository / "configs" / "quick" / "nuclei.yaml", folder / "model.safetensors")
+    dataset = load_dataset(pictures)
+    assert len(dataset) == 6
+    evaluator = InstanceSegEvaluator(pictures)
+    evaluator.reset()
+    for picture in dataset:
+        evaluator.process([picture], [predictor(picture["file_name"])])
+    found = evaluator.evaluate()["segm"]
+    for metric in ("AP", "AP50", "AP75"):
+        assert found[metric] == pytest.approx(recorded[metric], abs=0.3)
+
+
+def test_weights_are_small_and_half_precision(repository: Path) -> None:
+    from safetensors import safe_open
+
+    path = repository / "demo" / "nuclei" / "model.safetensors"
+    assert path.stat().st_size <= 12 * 2**20
+    with safe_open(str(path), framework="pt") as file:
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert dtypes <= {"F16", "I64"}
