@@ -13,6 +13,9 @@ endif
 # Threads that wait for one another sleep: where anything else runs, spinning costs more than it saves.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Newer PyTorch warns of what Detectron2 uses at import.
+QUIET := -W ignore::FutureWarning
+
 # Where the program looks for data sets, too.
 DATASETS := $(or $(DETECTRON2_DATASETS),datasets)
 
@@ -25,7 +28,7 @@ help: ## Show this list
 	@echo 'PYTHON=/path/to/python uses that environment, with its own torch and Detectron2, in place of .venv.'
 
 demo: setup ## Segment the pictures of demo/nuclei with the model beside them
-	$(PY) demo/nuclei/run.py --output output/demo
+	$(PY) $(QUIET) demo/nuclei/run.py --output output/demo
 
 # The tests' models are tiny: more than two threads would only wait for each other.
 test: export OMP_NUM_THREADS ?= 2
@@ -39,7 +42,7 @@ lint: setup-dev ## Check formatting, rules and types
 
 train-nuclei: nuclei-given setup ## Train the model of the demo anew: make train-nuclei NUCLEI=<folder of the data set>
 	$(if $(NUCLEI),$(PY) datasets/prepare_nuclei.py --input '$(NUCLEI)' --output '$(DATASETS)/nuclei')
-	$(PY) train_net.py --config-file configs/quick/nuclei.yaml OUTPUT_DIR output/nuclei
+	$(PY) $(QUIET) train_net.py --config-file configs/quick/nuclei.yaml OUTPUT_DIR output/nuclei
 
 nuclei-given:
 	@test -n '$(NUCLEI)' || test -f '$(DATASETS)/nuclei/annotations/panoptic_train.json' || { \
