@@ -135,6 +135,11 @@ def test_coco_subset_against_a_loop_over_pixels(prepare_coco: ModuleType, shared
         assert made.reshape(-1)[::7].tolist() == expected
 
 
+def heed_interrupts() -> None:
+    """In a child: tests that a shell started in the background would hand on that interrupts are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_stopped_half_way_and_started_again(repository: Path, prepare_coco: ModuleType, tmp_path: Path) -> None:
     if os.name == "nt":
         pytest.skip("signals of POSIX")
@@ -145,7 +150,9 @@ def test_stopped_half_way_and_started_again(repository: Path, prepare_coco: Modu
     output = tmp_path / "coco/panoptic_semseg_val2017"
 
     command = [sys.executable, str(script), *arguments]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
+    ) as process:
         while process.poll() is None and (not output.exists() or len(list(output.iterdir())) < 5):
             time.sleep(0.002)
         process.send_signal(signal.SIGINT)

@@ -88,7 +88,7 @@ def _reason(error: Exception) -> str:
         return f"it names {refused[1]}, which is no part of a tensor"
     if "weights_only" in text:  # torch goes on with advice to run the file's code
         return "it is no file of torch.save"
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].split(". ")[0] if text else type(error).__name__
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: str, dtype: torch.dtype = torch.float32) -> None:
