@@ -44,7 +44,7 @@ def test_evaluators_of_a_type(
     tiny: TinyNames, tmp_path: Path, evaluator_type: str, on: dict[str, bool], expected: list[type]
 ) -> None:
     MetadataCatalog.get(tiny.panoptic).__dict__["evaluator_type"] = evaluator_type
-    assert kinds(build_evaluator(tiny.panoptic, str(tmp_path), num_classes=3, **on)) == expected
+    assert kinds(build_evaluator(tiny.panoptic, str(tmp_path), **on)) == expected
 
 
 def test_data_sets_that_do_not_fit(tiny: TinyNames) -> None:
@@ -65,26 +65,6 @@ def test_data_sets_that_do_not_fit(tiny: TinyNames) -> None:
         with pytest.raises(UserError, match=rf"'tiny_panoptic' lacks {key}: .*{switch}_ON to False"):
             build_evaluator(tiny.panoptic, None, **ALL_ON)
         metadata[key] = value
-
-
-def test_number_of_classes(tiny: TinyNames) -> None:
-    for name, right in ((tiny.panoptic, 3), (tiny.instances, 2)):
-        build_evaluator(name, None, num_classes=right, **ALL_ON)
-        with pytest.raises(
-            UserError, match=rf"NUM_CLASSES is 80, but data set '{name}' has {right} classes: set it to"
-        ):
-            build_evaluator(name, None, num_classes=80, **ALL_ON)
-
-
-def test_number_of_classes_from_the_file(tiny: TinyNames) -> None:
-    """Detectron2's ``register_coco_instances`` fills in the metadata when the data set is loaded."""
-    metadata = MetadataCatalog.get(tiny.instances).__dict__
-    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
-        del metadata[key]
-    evaluator = build_evaluator(tiny.instances, None, num_classes=2, **ALL_ON)
-    assert isinstance(evaluator, InstanceSegEvaluator)
-    with pytest.raises(UserError, match="has 2 classes"):
-        build_evaluator(tiny.instances, None, num_classes=3, **ALL_ON)
 
 
 def outputs_for(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -155,7 +155,6 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
                 semantic_on=test.SEMANTIC_ON,
                 panoptic_on=test.PANOPTIC_ON,
                 instance_on=test.INSTANCE_ON,
-                num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
             ),
         )
 

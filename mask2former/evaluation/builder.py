@@ -53,7 +53,6 @@ def build_evaluator(
     semantic_on: bool,
     panoptic_on: bool,
     instance_on: bool,
-    num_classes: int | None = None,
 ) -> DatasetEvaluator:
     """The evaluator for what a model gives and a registered data set has ground truth for.
 
@@ -63,7 +62,6 @@ def build_evaluator(
         semantic_on: the model gives ``sem_seg``.
         panoptic_on: the model gives ``panoptic_seg``.
         instance_on: the model gives ``instances``.
-        num_classes: the model's number of classes, to be checked against the data set's; None: not checked.
 
     Returns:
         One evaluator, or Detectron2's ``DatasetEvaluators`` of several. ``evaluate()`` returns
@@ -80,8 +78,6 @@ def build_evaluator(
     tasks = _choose_tasks(dataset_name, metadata, {key for key in on if on[key]})
     for task in tasks:
         _check_metadata(dataset_name, metadata, task)
-    if num_classes is not None:
-        _check_num_classes(dataset_name, metadata, num_classes)
     evaluators = [task.evaluator(dataset_name, output_dir) for task in tasks]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
@@ -107,21 +103,3 @@ def _check_metadata(dataset_name: str, metadata: Metadata, task: Task) -> None:
             f"the metadata of data set '{dataset_name}' lacks {', '.join(missing)}: set it, "
             f"or set MODEL.MASK_FORMER.TEST.{task.key}_ON to False"
         )
-
-
-def _check_num_classes(dataset_name: str, metadata: Metadata, num_classes: int) -> None:
-    expected = _count_classes(dataset_name, metadata)
-    if num_classes != expected:
-        raise UserError(
-            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}, but data set '{dataset_name}' has {expected} "
-            f"class{'es' if expected != 1 else ''}: set it to {expected}"
-        )
-
-
-def _count_classes(dataset_name: str, metadata: Metadata) -> int:
-    """Contiguous ids that things and stuff have together; where no ids are given, the names."""
-    if not any(hasattr(metadata, f"{kind}_classes") for kind in ("thing", "stuff")):
-        DatasetCatalog.get(dataset_name)  # Detectron2's COCO loader fills in the metadata
-    maps = [metadata.get(f"{kind}_dataset_id_to_contiguous_id", {}) for kind in ("thing", "stuff")]
-    ids = {contiguous for mapping in maps for contiguous in mapping.values()}
-    return len(ids) or len(metadata.get("stuff_classes", metadata.get("thing_classes", [])))
