@@ -4,6 +4,7 @@ import datetime
 import logging
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -29,6 +30,8 @@ class LRScheduler(hooks.LRScheduler):
 class SaveOnInterrupt(HookBase):
     """On Ctrl-C finish the step, save a checkpoint and stop; a second Ctrl-C stops at once.
 
+    Python hands Ctrl-C to the main thread alone, so in another thread this does nothing.
+
     Args:
         checkpointer: has a method ``save(name, **kwargs)``.
     """
@@ -37,14 +40,15 @@ class SaveOnInterrupt(HookBase):
         self._checkpointer = checkpointer
         self._interrupted = False
         self._previous: Any = None
-        self._process = 0
+        self._process = os.getpid()
 
     def before_train(self) -> None:
-        self._process = os.getpid()
-        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def after_train(self) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
 
     def after_step(self) -> None:
         if self._interrupted:
