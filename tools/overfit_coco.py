@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     annotations = options.coco / f"annotations/panoptic_{SPLIT}.json"
     content = load_json(annotations, "give COCO's folder as --coco")
+    missing = {"images", "annotations", "categories"} - set(content)
+    if missing:
+        raise UserError(f"'{annotations}' is not in COCO's panoptic format: it lacks {', '.join(sorted(missing))}")
     image_ids = options.images or sorted(annotation["image_id"] for annotation in content["annotations"])
     subset = choose_pictures(content, image_ids[: options.count], annotations)
     register_subset(subset, options.coco, options.output)
