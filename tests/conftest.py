@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,3 +22,14 @@ def shared_data() -> Path:
     if not (folder / "coco" / "annotations").is_dir():
         pytest.skip("needs COCO and nuclei pictures: set MASK2FORMER_SHARED_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def hugging_face() -> ModuleType:
+    """Hugging Face's module ``modeling_mask2former``, an implementation that no one here wrote."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
+    if not transformers.utils.is_torch_available():
+        pytest.skip(f"transformers {transformers.__version__} asks for a newer torch")
+    from transformers.models.mask2former import modeling_mask2former
+
+    return modeling_mask2former

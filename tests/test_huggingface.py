@@ -2,15 +2,13 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
-import pytest
 import torch
 from reference_weights import load_reference_weights, reference_image
 from torch import Tensor
 
 from mask2former.engine import load_config
-
-transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
 
 OPTIONS = [
     *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "16"),
@@ -79,7 +77,8 @@ def split_projection(name: str, value: Tensor) -> dict[str, Tensor]:
     return {f"{stem}{part}_proj.{leaf}": chunk for part, chunk in zip("qkv", value.chunk(3), strict=True)}
 
 
-def test_same_weights_give_the_same_logits(repository: Path) -> None:
+def test_same_weights_give_the_same_logits(repository: Path, hugging_face: ModuleType) -> None:
+    import transformers
     from detectron2.modeling import build_model
 
     cfg = load_config(
@@ -98,7 +97,7 @@ def test_same_weights_give_the_same_logits(repository: Path) -> None:
     config = transformers.Mask2FormerConfig(
         backbone_config=backbone, num_labels=133, encoder_layers=2, decoder_layers=5, num_queries=20
     )
-    theirs = transformers.Mask2FormerForUniversalSegmentation(config).eval()
+    theirs = hugging_face.Mask2FormerForUniversalSegmentation(config).eval()
     missing, unexpected = theirs.load_state_dict(in_their_names(ours.state_dict()), strict=False)
     assert unexpected == []
     assert all(name.endswith("num_batches_tracked") for name in missing)

@@ -1,5 +1,6 @@
 """The decoders' parts against other people's code, and the published contract for a user's own parts."""
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -52,9 +53,8 @@ def test_attention_is_masked_where_the_resized_mask_is_background() -> None:
     assert torch.equal(bias[0, 0, 1], torch.zeros(48))
 
 
-def test_position_embedding_equals_hugging_faces() -> None:
-    modeling = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
-    theirs = modeling.Mask2FormerSinePositionEmbedding(num_position_features=16, normalize=True)
+def test_position_embedding_equals_hugging_faces(hugging_face: ModuleType) -> None:
+    theirs = hugging_face.Mask2FormerSinePositionEmbedding(num_position_features=16, normalize=True)
     ours = PositionEmbeddingSine(16, normalize=True)(5, 7, torch.device("cpu"))
     expected = theirs(torch.Size([1, 3, 5, 7]), torch.device("cpu"), torch.float32)
     torch.testing.assert_close(ours, expected.reshape(ours.shape))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -55,10 +56,9 @@ def test_equals_a_loop() -> None:
     torch.testing.assert_close(output, slow_attention(value, SHAPES, locations, weights), atol=1e-12, rtol=0)
 
 
-def test_equals_hugging_face() -> None:
-    modeling = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
+def test_equals_hugging_face(hugging_face: ModuleType) -> None:
     value, locations, weights = random_input(queries=50, heads=8, channels=16, points=4)
-    theirs = modeling.multi_scale_deformable_attention(value, SHAPES, locations, weights)
+    theirs = hugging_face.multi_scale_deformable_attention(value, SHAPES, locations, weights)
     torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), theirs, atol=1e-5, rtol=0)
 
 
@@ -168,10 +168,9 @@ class TestModule:
             assert projection.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.02)
 
     @pytest.mark.parametrize("padded", [False, True])
-    def test_equals_hugging_face(self, padded: bool) -> None:
-        modeling = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
+    def test_equals_hugging_face(self, hugging_face: ModuleType, padded: bool) -> None:
         torch.manual_seed(0)
-        theirs = modeling.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(32, 4, 3, 2)
+        theirs = hugging_face.Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(32, 4, 3, 2)
         ours = MSDeformAttn(32, 3, 4, 2)
         for parameter in theirs.parameters():
             nn.init.normal_(parameter, std=0.3)

@@ -63,7 +63,6 @@ class TimmBackbone(Backbone):
                 module.requires_grad_(False)
         if norm == "folded":
             self._folded = _fold_batch_norms(self.body)
-            self.register_load_state_dict_pre_hook(_fold_state_dict)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -91,6 +90,11 @@ class TimmBackbone(Backbone):
             for module in self._batch_norms():
                 module.eval()
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if self.norm == "folded":
+            _fold_state_dict(self._folded, state_dict, f"{prefix}body.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _batch_norms(self) -> list[nn.BatchNorm2d]:
         return [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -126,10 +130,10 @@ def _fold_batch_norms(body: nn.Module) -> list[tuple[str, str, float]]:
     return folded
 
 
-def _fold_state_dict(backbone: TimmBackbone, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before loading: turn batch norms in ``state_dict`` into weights and biases of their convolutions."""
-    for conv, norm, eps in backbone._folded:
-        conv_key, norm_key = f"{prefix}body.{conv}", f"{prefix}body.{norm}"
+def _fold_state_dict(folded: Sequence[tuple[str, str, float]], state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Turn batch norms in ``state_dict`` into weights and biases of their convolutions."""
+    for conv, norm, eps in folded:
+        conv_key, norm_key = f"{prefix}{conv}", f"{prefix}{norm}"
         if f"{norm_key}.running_var" not in state_dict:
             continue
         names = ("running_mean", "running_var", "weight", "bias")
