@@ -2,7 +2,8 @@
 
 The names and defaults in the first part are those of the published model, so that published
 recipes load unchanged. Those of parts that are not here yet are defined for that reason alone, and nothing reads
-them: ``MODEL.SWIN``, ``MASK_FORMER.ENC_LAYERS``, ``INPUT.COLOR_AUG_SSD`` and ``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA``.
+them: ``MODEL.SWIN``, ``MASK_FORMER.ENC_LAYERS``, ``INPUT.COLOR_AUG_SSD``, ``INPUT.SIZE_DIVISIBILITY`` and
+``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA``.
 The keys at the end, which the published model lacks, are off by default.
 """
 
