@@ -4,6 +4,7 @@ The functions that return lists take a config (``large_scale_jitter(cfg)``) or p
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -11,14 +12,20 @@ import numpy as np
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
+from detectron2.projects.point_rend import ColorAugSSDTransform
+
+from ..errors import UserError
 
 __all__ = [
+    "PadToMultiple",
     "RandomColorCurve",
+    "RandomCropOfClasses",
     "RandomScaledCrop",
     "ScaleImage",
     "build_test_augmentations",
     "large_scale_jitter",
     "microscopy",
+    "resize_and_crop",
 ]
 
 # Fill of padded picture pixels, as Detectron2's FixedSizeCrop has it: mid-grey.
@@ -135,6 +142,51 @@ class RandomColorCurve(T.Augmentation):
         return T.ColorTransform(lambda picture: cv2.LUT(np.ascontiguousarray(picture), table).reshape(picture.shape))
 
 
+class PadToMultiple(T.Augmentation):
+    """Pad on the right and at the bottom with grey (label 255) until both sides are multiples of ``divisor`` pixels."""
+
+    def __init__(self, divisor: int) -> None:
+        super().__init__()
+        if divisor < 1:
+            raise ValueError(f"expected a divisor of at least 1 pixel, got {divisor}")
+        self.divisor = divisor
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        height, width = image.shape[:2]
+        return T.PadTransform(
+            x0=0,
+            y0=0,
+            x1=-width % self.divisor,
+            y1=-height % self.divisor,
+            orig_w=width,
+            orig_h=height,
+            pad_value=_PADDING_GREY,
+            seg_pad_value=_PADDING_LABEL,
+        )
+
+
+class RandomCropOfClasses(T.RandomCrop_CategoryAreaConstraint):
+    """A random crop in which no class takes more than a share of the labelled pixels, if ten attempts find one.
+
+    Detectron2's, which needs semantic labels where the share is below 1, with an error that says so.
+    """
+
+    def get_transform(self, image: np.ndarray, sem_seg: np.ndarray | None) -> T.Transform:
+        if sem_seg is None and self.single_category_max_area < 1:
+            raise UserError(
+                f"INPUT.CROP.SINGLE_CATEGORY_MAX_AREA is {self.single_category_max_area}, which needs semantic labels, "
+                "but the pictures have none (no 'sem_seg_file_name'): set it to 1.0"
+            )
+        return super().get_transform(image, sem_seg)
+
+
+def _flips(flip: str) -> list[T.Augmentation]:
+    """A flip of every other picture: "horizontal", "vertical" or "none"."""
+    if flip not in ("horizontal", "vertical", "none"):
+        raise UserError(f"INPUT.RANDOM_FLIP is '{flip}', expected horizontal, vertical or none")
+    return [] if flip == "none" else [T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")]
+
+
 def _large_scale_jitter_from_config(cfg: CfgNode) -> dict[str, Any]:
     return {
         "image_size": cfg.INPUT.IMAGE_SIZE,
@@ -153,12 +205,61 @@ def large_scale_jitter(
     The scale is uniform in [``min_scale``, ``max_scale``], relative to the picture that just fits the square.
     ``flip`` is "horizontal", "vertical" or "none". Source: "Simple Copy-Paste", Ghiasi et al., 2021.
     """
-    flips = [T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")] if flip != "none" else []
     return [
-        *flips,
+        *_flips(flip),
         T.ResizeScale(min_scale, max_scale, target_height=image_size, target_width=image_size),
         T.FixedSizeCrop((image_size, image_size), pad_value=_PADDING_GREY, seg_pad_value=_PADDING_LABEL),
     ]
+
+
+def _resize_and_crop_from_config(cfg: CfgNode) -> dict[str, Any]:
+    crop = cfg.INPUT.CROP
+    return {
+        "min_size": cfg.INPUT.MIN_SIZE_TRAIN,
+        "max_size": cfg.INPUT.MAX_SIZE_TRAIN,
+        "min_size_sampling": cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+        "crop_type": crop.TYPE if crop.ENABLED else None,
+        "crop_size": crop.SIZE,
+        "single_category_max_area": crop.SINGLE_CATEGORY_MAX_AREA,
+        "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        "color_aug_ssd": cfg.INPUT.COLOR_AUG_SSD,
+        "image_format": cfg.INPUT.FORMAT,
+        "flip": cfg.INPUT.RANDOM_FLIP,
+    }
+
+
+@configurable(from_config=_resize_and_crop_from_config)
+def resize_and_crop(
+    *,
+    min_size: int | Sequence[int],
+    max_size: int,
+    min_size_sampling: str = "choice",
+    crop_type: str | None = None,
+    crop_size: Sequence[float] | None = None,
+    single_category_max_area: float = 1.0,
+    ignore_label: int = 255,
+    color_aug_ssd: bool = False,
+    image_format: str = "RGB",
+    flip: str = "horizontal",
+) -> list[T.Augmentation | T.Transform]:
+    """What the mask_former_* mappers run: resize, crop, change colours, flip.
+
+    Args:
+        min_size: lengths of the shorter side to draw from, in pixels (a range if ``min_size_sampling`` is "range").
+        max_size: the longer side is at most this, in pixels.
+        crop_type, crop_size: as in ``detectron2.data.transforms.RandomCrop``; a ``crop_type`` of None: no crop.
+        single_category_max_area: crop again while one class takes more than this share of the labelled pixels, up to
+            ten times (1.0: any crop will do). Less than 1.0 needs semantic labels, in which ``ignore_label`` is none.
+        color_aug_ssd: random brightness, contrast, saturation and hue ("SSD", Liu et al., 2016); ``image_format`` is
+            "RGB" or "BGR".
+        flip: "horizontal", "vertical" or "none".
+    """
+    augmentations: list[T.Augmentation | T.Transform] = [T.ResizeShortestEdge(min_size, max_size, min_size_sampling)]
+    if crop_type is not None:
+        augmentations.append(RandomCropOfClasses(crop_type, crop_size, single_category_max_area, ignore_label))
+    if color_aug_ssd:
+        augmentations.append(ColorAugSSDTransform(image_format))
+    return [*augmentations, *_flips(flip)]
 
 
 def _microscopy_from_config(cfg: CfgNode) -> dict[str, Any]:
