@@ -1,9 +1,9 @@
 """The configuration keys of Mask2Former on top of Detectron2's.
 
 The names and defaults in the first part are those of the published model, so that published
-recipes load unchanged. Those of parts that are not here yet are defined for that reason alone, and nothing reads
-them: ``MODEL.SWIN``, ``MASK_FORMER.ENC_LAYERS``, ``INPUT.COLOR_AUG_SSD``, ``INPUT.SIZE_DIVISIBILITY`` and
-``INPUT.CROP.SINGLE_CATEGORY_MAX_AREA``.
+recipes load unchanged. One of them is read by nothing, here as there:
+``SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS``. So are the keys of Detectron2's DeepLab head that some
+recipes set (``SEM_SEG_HEAD.ASPP_*``, ``PROJECT_*``, ``LOSS_TYPE``, ``USE_DEPTHWISE_SEPARABLE_CONV``).
 The keys at the end, which the published model lacks, are off by default.
 """
 
@@ -131,23 +131,33 @@ def _add_model_keys(cfg: CfgNode) -> None:
 
 
 def _add_swin_keys(cfg: CfgNode) -> None:
-    # D2SwinTransformer, the Swin backbone.
+    # D2SwinTransformer, the Swin backbone. The defaults are Swin-T's.
     swin = cfg.MODEL.SWIN = CfgNode()
+    # Side of the pictures it was pretrained on, in pixels: the size of the absolute position embedding.
     swin.PRETRAIN_IMG_SIZE = 224
+    # Side of a patch, in pixels, and channels of its embedding; each further stage has half the side and twice these.
     swin.PATCH_SIZE = 4
     swin.EMBED_DIM = 96
+    # Blocks and attention heads of each stage.
     swin.DEPTHS = [2, 2, 6, 2]
     swin.NUM_HEADS = [3, 6, 12, 24]
+    # Side of an attention window, in patches.
     swin.WINDOW_SIZE = 7
+    # Width of the hidden layer of the blocks' MLPs, relative to the block's.
     swin.MLP_RATIO = 4.0
     swin.QKV_BIAS = True
+    # Factor of the attention logits (None: 1 / sqrt of a head's width).
     swin.QK_SCALE = None
+    # Dropout of projections and MLPs, of attention weights, and of whole blocks (its rate in the last; it grows from 0).
     swin.DROP_RATE = 0.0
     swin.ATTN_DROP_RATE = 0.0
     swin.DROP_PATH_RATE = 0.3
+    # Add an absolute position embedding to the patches.
     swin.APE = False
+    # Norm the patch embeddings.
     swin.PATCH_NORM = True
     swin.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Compute activations a second time in the backward pass instead of keeping them: less memory, more time.
     swin.USE_CHECKPOINT = False
 
 
