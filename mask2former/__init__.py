@@ -6,7 +6,7 @@ Importing this package registers its models and data sets in Detectron2's regist
 from . import data, modeling
 from .config import add_maskformer2_config
 from .data import COCOInstanceNewBaselineDatasetMapper, COCOPanopticNewBaselineDatasetMapper
-from .modeling import MaskFormer
+from .modeling import MaskFormer, SemanticSegmentorWithTTA
 
 __version__ = "0.1.0"
 
@@ -14,6 +14,7 @@ __all__ = [
     "COCOInstanceNewBaselineDatasetMapper",
     "COCOPanopticNewBaselineDatasetMapper",
     "MaskFormer",
+    "SemanticSegmentorWithTTA",
     "add_maskformer2_config",
     "data",
     "modeling",

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 from torch import nn
 
+from .batches import batches_of_equal_size
 from .checkpoint import load_weights
 from .data import build_mapper, read_image
 from .engine import available_device, load_config
@@ -111,7 +112,7 @@ class Predictor:
 
     def _segment(self, pictures: Iterable[Picture], image_format: str) -> Iterator[Outputs]:
         samples = (self._make_sample(picture, image_format) for picture in pictures)
-        for batch in _batches_of_equal_size(samples, self._batch_size):
+        for batch in batches_of_equal_size(samples, self._batch_size):
             with torch.inference_mode():
                 outputs = self.model(batch)
             yield from outputs
@@ -123,18 +124,6 @@ class Predictor:
         self._augmentations(augmented)
         tensor = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         return {"image": tensor, "height": height, "width": width}
-
-
-def _batches_of_equal_size(samples: Iterable[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """Neighbours of equal size together, in their order."""
-    batch: list[dict[str, Any]] = []
-    for sample in samples:
-        if batch and (len(batch) == batch_size or sample["image"].shape != batch[0]["image"].shape):
-            yield batch
-            batch = []
-        batch.append(sample)
-    if batch:
-        yield batch
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -8,6 +8,7 @@ from .matcher import HungarianMatcher
 from .meta_arch import MaskFormer
 from .pixel_decoder import MSDeformAttnPixelDecoder, build_pixel_decoder
 from .predictions import Predictions
+from .test_time_augmentation import SemanticSegmentorWithTTA
 from .transformer_decoder import (
     TRANSFORMER_DECODER_REGISTRY,
     MultiScaleMaskedTransformerDecoder,
@@ -23,6 +24,7 @@ __all__ = [
     "MaskFormerHead",
     "MultiScaleMaskedTransformerDecoder",
     "Predictions",
+    "SemanticSegmentorWithTTA",
     "SetCriterion",
     "TimmBackbone",
     "build_pixel_decoder",
