@@ -148,7 +148,7 @@ def _add_swin_keys(cfg: CfgNode) -> None:
     swin.QKV_BIAS = True
     # Factor of the attention logits (None: 1 / sqrt of a head's width).
     swin.QK_SCALE = None
-    # Dropout of projections and MLPs, of attention weights, and of whole blocks (its rate in the last; it grows from 0).
+    # Dropout of projections and MLPs, of attention weights, and of whole blocks (growing from 0 to this in the last).
     swin.DROP_RATE = 0.0
     swin.ATTN_DROP_RATE = 0.0
     swin.DROP_PATH_RATE = 0.3
