@@ -1,4 +1,7 @@
-"""The model of the paper on a ResNet-50: deformable pixel decoder, nine layers of masked attention."""
+"""The model of the paper on a ResNet-50: deformable pixel decoder, nine layers of masked attention.
+
+A recipe says ``model.sem_seg_head.num_classes``, which every other part takes from there, and what inference makes.
+"""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
@@ -14,7 +17,7 @@ from mask2former.modeling import (
     SetCriterion,
 )
 
-num_classes = 133
+num_classes = "${model.sem_seg_head.num_classes}"
 
 model = L(MaskFormer)(
     backbone=L(ResNet)(
@@ -55,7 +58,7 @@ model = L(MaskFormer)(
             enforce_input_project=False,
         ),
         transformer_in_feature="multi_scale_pixel_decoder",
-        num_classes=num_classes,
+        num_classes="???",
     ),
     criterion=L(SetCriterion)(
         num_classes=num_classes,
@@ -70,10 +73,10 @@ model = L(MaskFormer)(
         deep_supervision=True,
     ),
     inference=L(InferenceSettings)(
-        semantic_on=True,
-        panoptic_on=True,
-        instance_on=True,
-        thing_classes=list(range(80)),
+        semantic_on=False,
+        panoptic_on=False,
+        instance_on=False,
+        thing_classes=None,
         object_mask_threshold=0.8,
         overlap_threshold=0.8,
         max_instances=100,
