@@ -1,6 +1,6 @@
 """The model's parts. Importing this package registers them in Detectron2's registries."""
 
-from .backbone.timm import TimmBackbone
+from .backbone import D2SwinTransformer, TimmBackbone
 from .criterion import SetCriterion
 from .head import MaskFormerHead
 from .inference import InferenceSettings
@@ -17,6 +17,7 @@ from .transformer_decoder import (
 
 __all__ = [
     "TRANSFORMER_DECODER_REGISTRY",
+    "D2SwinTransformer",
     "HungarianMatcher",
     "InferenceSettings",
     "MSDeformAttnPixelDecoder",
