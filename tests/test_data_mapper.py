@@ -22,12 +22,30 @@ from mask2former.data import (
     COCOInstanceNewBaselineDatasetMapper,
     COCOPanopticNewBaselineDatasetMapper,
     MaskFormerDatasetMapper,
+    MaskFormerInstanceDatasetMapper,
+    MaskFormerPanopticDatasetMapper,
+    MaskFormerSemanticDatasetMapper,
     build_mapper,
     read_image,
 )
-from mask2former.data.annotations import decode_segmentation, ids_from_rgb, read_instances, read_panoptic, rgb_from_ids
-from mask2former.data.augmentation import RandomColorCurve, RandomScaledCrop, build_test_augmentations, microscopy
+from mask2former.data.annotations import (
+    decode_segmentation,
+    ids_from_rgb,
+    read_instances,
+    read_panoptic,
+    read_semantic,
+    rgb_from_ids,
+)
+from mask2former.data.augmentation import (
+    PadToMultiple,
+    RandomColorCurve,
+    RandomScaledCrop,
+    build_test_augmentations,
+    microscopy,
+    resize_and_crop,
+)
 from mask2former.data.datasets import load_panoptic, panoptic_metadata
+from mask2former.data.panoptic_files import panoptic_to_semantic
 from mask2former.errors import UserError
 
 SAMPLES = json.loads((Path(__file__).parent / "data" / "mapper_samples.json").read_text())
@@ -75,27 +93,74 @@ def rle_of(mask: np.ndarray, compressed: bool) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- the published mappers
 
 
-def coco_dicts(name: str, coco: Path) -> list[dict[str, Any]]:
-    if name == "coco_panoptic_lsj":
-        return load_panoptic(
-            str(coco / "annotations/panoptic_train2017.json"),
-            str(coco / "train2017"),
-            str(coco / "panoptic_train2017"),
-            None,
-            panoptic_metadata(COCO_CATEGORIES),
-        )
-    try:
-        path = str(coco / "annotations/instances_train2017.json")
-        return load_coco_json(path, str(coco / "train2017"), "coco_of_mapper_samples")
-    finally:
-        MetadataCatalog.remove("coco_of_mapper_samples")
+ADE20K_INPUT = {"CROP.ENABLED": True, "CROP.TYPE": "absolute", "COLOR_AUG_SSD": True, "FORMAT": "RGB"}
+TENTHS = np.arange(5, 21)  # of the side that the published recipes name their training sizes by
+
+# What the recipes of the samples set under INPUT.
+RECIPES: dict[str, dict[str, Any]] = {
+    "coco_instance_lsj": {},
+    "coco_panoptic_lsj": {},
+    "mask_former_semantic": {
+        **ADE20K_INPUT,
+        "MIN_SIZE_TRAIN": (TENTHS * 512 // 10).tolist(),
+        "MAX_SIZE_TRAIN": 2048,
+        "CROP.SIZE": [512, 512],
+        "SIZE_DIVISIBILITY": 512,
+    },
+    "mask_former_semantic_cityscapes": {
+        **ADE20K_INPUT,
+        "MIN_SIZE_TRAIN": (TENTHS * 1024 // 10).tolist(),
+        "MAX_SIZE_TRAIN": 4096,
+        "CROP.SIZE": [512, 1024],
+    },
+    "mask_former_instance": {
+        **ADE20K_INPUT,
+        "MIN_SIZE_TRAIN": (TENTHS * 640 // 10).tolist(),
+        "MAX_SIZE_TRAIN": 2560,
+        "CROP.SIZE": [640, 640],
+        "SIZE_DIVISIBILITY": 640,
+    },
+}
+RECIPES["mask_former_panoptic"] = RECIPES["mask_former_instance"]
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLES))
-def test_published_samples(name: str, shared_data: Path) -> None:
-    dicts = {Path(d["file_name"]).name: d for d in coco_dicts(name, shared_data / "coco")}
-    mapper = build_mapper(lsj_config(name), True)
-    for expected in SAMPLES[name]["samples"]:
+def recipe_config(case: str) -> CfgNode:
+    cfg = lsj_config(case.removesuffix("_cityscapes"))
+    cfg.merge_from_list([item for key, value in RECIPES[case].items() for item in (f"INPUT.{key}", value)])
+    cfg.DATASETS.TRAIN = (SAMPLES[case]["dataset"],)
+    return cfg
+
+
+def coco_dicts(case: str, coco: Path, folder: Path) -> list[dict[str, Any]]:
+    """COCO's pictures of the samples; ``folder`` gets their semantic PNGs."""
+    files = {sample["file"] for sample in SAMPLES[case]["samples"]}
+    if "instance" in case:
+        try:
+            path = str(coco / "annotations/instances_train2017.json")
+            dicts = load_coco_json(path, str(coco / "train2017"), "coco_of_mapper_samples")
+            return [d for d in dicts if Path(d["file_name"]).name in files]
+        finally:
+            MetadataCatalog.remove("coco_of_mapper_samples")
+
+    content = json.loads((coco / "annotations/panoptic_train2017.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["file_name"].replace(".png", ".jpg") in files]
+    panoptic_json = folder / "panoptic.json"
+    panoptic_json.write_text(json.dumps(content))
+    labels = {category["id"]: index for index, category in enumerate(COCO_CATEGORIES)}
+    assert not panoptic_to_semantic(panoptic_json, coco / "panoptic_train2017", folder / "semantic", labels)
+    paths = [str(panoptic_json), str(coco / "train2017"), str(coco / "panoptic_train2017"), str(folder / "semantic")]
+    dicts = load_panoptic(*paths, panoptic_metadata(COCO_CATEGORIES))
+    if "semantic" in case:
+        for dataset_dict in dicts:
+            del dataset_dict["segments_info"], dataset_dict["pan_seg_file_name"]
+    return dicts
+
+
+@pytest.mark.parametrize("case", sorted(SAMPLES))
+def test_published_samples(case: str, shared_data: Path, tmp_path: Path) -> None:
+    dicts = {Path(d["file_name"]).name: d for d in coco_dicts(case, shared_data / "coco", tmp_path)}
+    mapper = build_mapper(recipe_config(case), True)
+    for expected in SAMPLES[case]["samples"]:
         seed_everything(expected["seed"])
         sample = mapper(dicts[expected["file"]])
         instances = sample["instances"]
@@ -109,6 +174,10 @@ def test_published_samples(name: str, shared_data: Path) -> None:
         assert [c for c, _ in ours] == [c for c, _ in published]
         for (_, area), (_, published_area) in zip(ours, published, strict=True):
             assert area == pytest.approx(published_area, abs=8, rel=0.01)
+        assert ("sem_seg" in sample) == ("ignored" in expected)
+        if "ignored" in expected:
+            assert sample["sem_seg"].dtype == torch.int64
+            assert int((sample["sem_seg"] == 255).sum()) == expected["ignored"]
 
 
 @pytest.mark.parametrize(
@@ -116,18 +185,29 @@ def test_published_samples(name: str, shared_data: Path) -> None:
     [
         (COCOInstanceNewBaselineDatasetMapper, "coco_instance_lsj"),
         (COCOPanopticNewBaselineDatasetMapper, "coco_panoptic_lsj"),
+        (MaskFormerInstanceDatasetMapper, "mask_former_instance"),
+        (MaskFormerPanopticDatasetMapper, "mask_former_panoptic"),
+        (MaskFormerSemanticDatasetMapper, "mask_former_semantic"),
     ],
 )
 def test_published_class_names_are_the_rows_of_the_table(published: Any, name: str) -> None:
-    by_class = published(get_default_config(), True)  # whatever INPUT.DATASET_MAPPER_NAME says
+    by_class = published(recipe_config(name), True)
+    cfg = recipe_config(name)
+    cfg.INPUT.DATASET_MAPPER_NAME = "nothing"  # whatever it says
     by_name = build_mapper(lsj_config(name), True)
-    assert str(by_class.augmentations) == str(by_name.augmentations)
-    assert by_class.annotation_reader is by_name.annotation_reader
+    assert type(by_class) is published
+    assert published(cfg, True).annotation_reader is by_class.annotation_reader is by_name.annotation_reader
+    assert by_class.label_map == by_name.label_map == (name in ("mask_former_semantic", "mask_former_panoptic"))
 
 
-def test_unknown_mapper_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match="'coco_lsj'.*coco_instance_lsj.*microscopy_panoptic"):
-        build_mapper(lsj_config("coco_lsj"), True)
+def test_unknown_mapper_is_detectron2s_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mapper = build_mapper(lsj_config("coco_instance_ljs"), True)
+    assert type(mapper) is DatasetMapper and mapper.is_train
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'coco_instance_ljs' is not known (did you mean coco_instance_lsj" in message
+    assert "mask_former_semantic" in message and "microscopy_panoptic" in message
+    with pytest.raises(UserError, match="'coco_instance_ljs'.*coco_instance_lsj.*microscopy_panoptic"):
+        MaskFormerDatasetMapper(lsj_config("coco_instance_ljs"), True)
 
 
 def test_lazy_config_builds_the_same_mapper() -> None:
@@ -318,6 +398,13 @@ def test_a_wrong_kind_of_annotation_is_named(tmp_path: Path) -> None:
         plain_mapper()(dataset_dict)
 
 
+@pytest.mark.parametrize("reader", [read_panoptic, read_semantic])
+def test_a_picture_without_the_annotation_is_named(reader: Any, tmp_path: Path) -> None:
+    dataset_dict = instance_dict(tmp_path, [])
+    with pytest.raises(UserError, match=r"picture\.png' has no (panoptic|semantic) annotation"):
+        plain_mapper(reader)(dataset_dict)
+
+
 def test_a_size_that_differs_from_the_annotation_is_named(tmp_path: Path) -> None:
     dataset_dict = {**instance_dict(tmp_path, []), "width": 61}
     with pytest.raises(UserError, match=r"picture\.png' is 60 x 40 pixels, but its annotation says 61 x 40"):
@@ -374,6 +461,211 @@ def test_a_panoptic_png_of_another_size_is_named(tmp_path: Path) -> None:
     dataset_dict = panoptic_dict(tmp_path, np.zeros((20, 31), dtype=np.uint32), [], np.zeros((20, 30, 3), np.uint8))
     with pytest.raises(UserError, match=r"panoptic\.png' is 31 x 20 pixels.*picture\.png' is 30 x 20"):
         plain_mapper(read_panoptic)(dataset_dict)
+
+
+# ------------------------------------------------------------------------------------------ semantic masks
+
+GREY, IGNORE = 128, 255
+
+
+def semantic_dict(folder: Path, labels: np.ndarray) -> dict[str, Any]:
+    Image.fromarray(labels).save(folder / "labels.png")
+    path = save_picture(folder / "picture.png", *labels.shape)
+    return {"file_name": str(path), "sem_seg_file_name": str(folder / "labels.png")}
+
+
+def semantic_mapper(augmentations: Any = (), **options: Any) -> MaskFormerDatasetMapper:
+    return MaskFormerDatasetMapper(
+        augmentations=augmentations,
+        image_format="RGB",
+        annotation_reader=read_semantic,
+        label_map=True,
+        **options,
+    )
+
+
+def stripes(*labels: int, dtype: Any = np.uint8) -> np.ndarray:
+    """Label map of 12 rows with stripes of 10 columns."""
+    return np.repeat(np.array(labels, dtype=dtype), 10)[None].repeat(12, axis=0)
+
+
+def test_semantic_reader(tmp_path: Path) -> None:
+    labels = stripes(7, 255, 0, 7)
+    sample = semantic_mapper()(semantic_dict(tmp_path, labels))
+    assert sample["instances"].gt_classes.tolist() == [0, 7]
+    assert sample["instances"].gt_classes.dtype == torch.int64
+    assert np.array_equal(sample["instances"].gt_masks.numpy(), [labels == 0, labels == 7])
+    assert sample["sem_seg"].dtype == torch.int64
+    assert np.array_equal(sample["sem_seg"].numpy(), labels)
+    assert "sem_seg_file_name" not in sample
+
+
+def test_a_picture_of_ignored_pixels_alone(tmp_path: Path) -> None:
+    instances = semantic_mapper()(semantic_dict(tmp_path, stripes(255, 255)))["instances"]
+    assert instances.gt_classes.shape == (0,) and instances.gt_masks.shape == (0, 12, 20)
+
+
+def test_more_than_256_labels_and_another_ignore_label(tmp_path: Path) -> None:
+    """ADE20K full: labels up to 846 in 16 bits, 65535 for "ignore"; 255 is a class."""
+    labels = stripes(846, 255, 65535, dtype=np.uint16)
+    mapper = semantic_mapper([T.FixedSizeCrop((16, 32))], ignore_label=65535, num_labels=847)
+    sample = mapper(semantic_dict(tmp_path, labels))
+    assert sample["instances"].gt_classes.tolist() == [255, 846]
+    assert sample["instances"].gt_masks.sum(dim=(1, 2)).tolist() == [120, 120]
+    assert np.array_equal(sample["sem_seg"][:12, :30].numpy(), labels)
+    assert (sample["sem_seg"][12:] == 65535).all() and (sample["sem_seg"][:, 30:] == 65535).all()
+
+
+def test_labels_that_the_data_set_lacks_are_named(tmp_path: Path) -> None:
+    dataset_dict = semantic_dict(tmp_path, stripes(7, 255, 150))
+    with pytest.raises(UserError, match=r"labels\.png' has the label 150, expected 0 to 149 or 255 \(ignored\)"):
+        semantic_mapper(num_labels=150)(dataset_dict)
+    assert semantic_mapper(num_labels=151)(dataset_dict)["instances"].gt_classes.tolist() == [7, 150]
+
+
+def test_label_maps_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    dataset_dict = semantic_dict(tmp_path, stripes(1, 2, 3))
+    Image.new("L", (31, 12)).save(dataset_dict["sem_seg_file_name"])
+    with pytest.raises(UserError, match=r"labels\.png' is 31 x 12 pixels.*picture\.png' is 30 x 12"):
+        semantic_mapper()(dataset_dict)
+    Image.new("RGB", (30, 12)).save(dataset_dict["sem_seg_file_name"])
+    with pytest.raises(UserError, match=r"labels\.png' is a picture of mode RGB"):
+        semantic_mapper()(dataset_dict)
+    with pytest.raises(ValueError, match="label_map=True"):
+        plain_mapper(read_semantic)(dataset_dict)
+
+
+def test_ignore_label_and_labels_come_from_the_training_sets_metadata(caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        MetadataCatalog.get("labels_of_five").set(ignore_label=65, stuff_classes=list("abcde"))
+        cfg = lsj_config("mask_former_semantic")
+        cfg.DATASETS.TRAIN = ("labels_of_five",)
+        mapper = build_mapper(cfg, True)
+        assert (mapper.ignore_label, mapper.num_labels) == (65, 5)
+        warning = "IGNORE_VALUE is 255, but data set 'labels_of_five' marks pixels without a label by 65"
+        assert warning in caplog.text
+    finally:
+        MetadataCatalog.remove("labels_of_five")
+    cfg.DATASETS.TRAIN = ()
+    mapper = build_mapper(cfg, True)
+    assert (mapper.ignore_label, mapper.num_labels) == (255, None)
+
+
+# ------------------------------------------------------------------------------------------ resize and crop
+
+
+def keys_config(name: str, **values: Any) -> CfgNode:
+    """Pictures stay as they are but for the keys that are set."""
+    cfg = lsj_config(name)
+    cfg.INPUT.MIN_SIZE_TRAIN = 0
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.merge_from_list([item for key, value in values.items() for item in (f"INPUT.{key.replace('__', '.')}", value)])
+    return cfg
+
+
+@pytest.mark.parametrize(("size", "expected"), [(-1, (12, 30)), (16, (16, 32)), (40, (40, 40))])
+def test_size_divisibility(size: int, expected: tuple[int, int], tmp_path: Path) -> None:
+    dataset_dict = semantic_dict(tmp_path, stripes(1, 2, 255))
+    cfg = keys_config("mask_former_semantic", SIZE_DIVISIBILITY=size)
+    sample = build_mapper(cfg, True)(dataset_dict)
+    assert sample["image"].shape[1:] == sample["sem_seg"].shape == sample["instances"].gt_masks.shape[1:] == expected
+    padding = sample["padding_mask"]
+    assert int(padding.sum()) == expected[0] * expected[1] - 12 * 30
+    assert (sample["image"][:, padding] == GREY).all()
+    assert (sample["sem_seg"][padding] == IGNORE).all()
+    assert sample["instances"].gt_masks.sum(dim=(1, 2)).tolist() == [120, 120]
+    assert np.array_equal(
+        sample["image"][:, :12, :30].numpy().transpose(1, 2, 0), read_image(dataset_dict["file_name"])
+    )
+
+
+def test_size_divisibility_pads_instances_and_segments(tmp_path: Path) -> None:
+    whole = rle_of(np.ones((40, 60), dtype=bool), True)
+    sample = build_mapper(keys_config("mask_former_instance", SIZE_DIVISIBILITY=64), True)(
+        instance_dict(tmp_path, [whole, [[5.0, 5, 50, 8, 20, 35]]])
+    )
+    assert torch.equal(sample["instances"].gt_masks[0], ~sample["padding_mask"])
+    dataset_dict, ids = blobs(tmp_path, 90, 110)
+    sample = build_mapper(keys_config("mask_former_panoptic", SIZE_DIVISIBILITY=128), True)(dataset_dict)
+    assert sample["instances"].gt_masks.shape == (4, 128, 128)
+    assert int(sample["instances"].gt_masks.sum()) == ids.size
+    assert "sem_seg" not in sample  # the picture has no label map
+    with pytest.raises(ValueError, match="divisor"):
+        PadToMultiple(0)
+
+
+def test_crop_keys(tmp_path: Path) -> None:
+    dataset_dict = semantic_dict(tmp_path, stripes(1, 2, 3))
+    crop = {"CROP__ENABLED": True, "CROP__TYPE": "absolute", "CROP__SIZE": [8, 11]}
+    sample = build_mapper(keys_config("mask_former_semantic", **crop), True)(dataset_dict)
+    assert sample["image"].shape == (3, 8, 11) and sample["sem_seg"].shape == (8, 11)
+    crop = {"CROP__ENABLED": True, "CROP__TYPE": "relative", "CROP__SIZE": [0.5, 0.5]}
+    assert build_mapper(keys_config("mask_former_semantic", **crop), True)(dataset_dict)["image"].shape == (3, 6, 15)
+    assert build_mapper(keys_config("mask_former_semantic"), True)(dataset_dict)["image"].shape == (3, 12, 30)
+
+
+def test_single_category_max_area(tmp_path: Path) -> None:
+    """Of 200 columns the last 20 have other classes; ignored pixels don't count."""
+    labels = np.zeros((20, 200), dtype=np.uint8)
+    labels[:, 180:190], labels[:, 190:] = 1, 255
+    dataset_dict = semantic_dict(tmp_path, labels)
+    crop = {"CROP__ENABLED": True, "CROP__TYPE": "absolute", "CROP__SIZE": [20, 20]}
+
+    def shares(limit: float) -> list[float]:
+        mapper = build_mapper(keys_config("mask_former_semantic", **crop, CROP__SINGLE_CATEGORY_MAX_AREA=limit), True)
+        seed_everything(0)
+        found = []
+        for _ in range(60):
+            areas = mapper(dataset_dict)["instances"].gt_masks.sum(dim=(1, 2))
+            found.append(float(areas.max() / areas.sum()))
+        return found
+
+    # A crop has both classes in about one of nine places, so ten attempts find one about two times in three.
+    assert np.mean(np.array(shares(1.0)) < 0.95) < 0.3
+    assert np.mean(np.array(shares(0.95)) < 0.95) > 0.5
+
+
+def test_single_category_max_area_needs_labels(tmp_path: Path) -> None:
+    crop = {"CROP__ENABLED": True, "CROP__TYPE": "absolute", "CROP__SIZE": [20, 20]}
+    crop["CROP__SINGLE_CATEGORY_MAX_AREA"] = 0.75
+    dataset_dict, _ = blobs(tmp_path, 90, 110)
+    with pytest.raises(UserError, match=r"SINGLE_CATEGORY_MAX_AREA is 0\.75, which needs semantic labels"):
+        build_mapper(keys_config("mask_former_panoptic", **crop), True)(dataset_dict)
+    # Instances have none, so the published mapper doesn't look at the key.
+    sample = build_mapper(keys_config("mask_former_instance", **crop), True)(instance_dict(tmp_path, []))
+    assert sample["image"].shape == (3, 20, 20)
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_color_aug_ssd(image_format: str, tmp_path: Path) -> None:
+    dataset_dict = semantic_dict(tmp_path, stripes(1, 2, 3))
+    image = torch.from_numpy(read_image(dataset_dict["file_name"], image_format).transpose(2, 0, 1).copy())
+    plain = build_mapper(keys_config("mask_former_semantic", FORMAT=image_format), True)
+    assert torch.equal(plain(dataset_dict)["image"], image)
+    colored = build_mapper(keys_config("mask_former_semantic", FORMAT=image_format, COLOR_AUG_SSD=True), True)
+    seed_everything(4)
+    sample = colored(dataset_dict)
+    assert not torch.equal(sample["image"], image)
+    assert np.array_equal(sample["sem_seg"].numpy(), stripes(1, 2, 3))
+    seed_everything(4)
+    red_first = sample["image"] if image_format == "RGB" else sample["image"].flip(0)
+    reference = build_mapper(keys_config("mask_former_semantic", FORMAT="RGB", COLOR_AUG_SSD=True), True)
+    assert torch.equal(red_first, reference(dataset_dict)["image"])
+
+
+def test_flip_and_sizes_of_resize_and_crop() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    shapes, flipped = set(), 0
+    for seed in range(40):
+        seed_everything(seed)
+        augmented = T.AugInput(image)
+        T.AugmentationList(resize_and_crop(min_size=[30, 60], max_size=70))(augmented)
+        shapes.add(augmented.image.shape[:2])
+        flipped += bool(np.array_equal(augmented.image, image[:, ::-1]))
+    assert shapes == {(30, 40), (53, 70)}  # the longer side is at most 70
+    assert 5 < flipped < 20  # half of those that keep their size
+    with pytest.raises(UserError, match="INPUT.RANDOM_FLIP is 'sideways', expected horizontal, vertical or none"):
+        resize_and_crop(min_size=30, max_size=70, flip="sideways")
 
 
 # ---------------------------------------------------------------------------------------------- microscopy

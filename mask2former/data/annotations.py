@@ -2,6 +2,9 @@
 
 An annotation reader is a function ``reader(dataset_dict, transforms, padding) -> (classes, masks)``:
 
+The dataset dict also has what the mapper found out about the picture: ``height`` and ``width``, and ``sem_seg``,
+(H, W) int64 augmented labels with -1 for "none", where the mapper reads label maps.
+
 ========== ============================================================================================
 argument   meaning
 ========== ============================================================================================
@@ -30,6 +33,7 @@ __all__ = [
     "ids_from_rgb",
     "read_instances",
     "read_panoptic",
+    "read_semantic",
     "rgb_from_ids",
 ]
 
@@ -208,3 +212,26 @@ def read_panoptic(
         np.equal(ids, segment["id"], out=mask)
     masks &= ~padding
     return classes, masks
+
+
+# ---------------------------------------------------------------------------------------------- semantic
+
+
+def read_semantic(
+    dataset_dict: dict[str, Any], transforms: T.TransformList, padding: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reader of semantic label maps: one mask for each class in the picture, in the order of the class ids.
+
+    Raises ``UserError`` if the picture has no label map, and ``ValueError`` if the mapper was not told to read it.
+    """
+    if "sem_seg_file_name" not in dataset_dict:
+        raise UserError(
+            f"picture '{dataset_dict['file_name']}' has no semantic annotation ('sem_seg_file_name'), which this "
+            "mapper reads: choose another INPUT.DATASET_MAPPER_NAME or data set"
+        )
+    if "sem_seg" not in dataset_dict:
+        raise ValueError("read_semantic needs a mapper with label_map=True")
+    labels = dataset_dict["sem_seg"]
+    counts = np.bincount((labels + 1).ravel())  # the first counts pixels without a label
+    classes = np.flatnonzero(counts[1:])
+    return classes, labels == classes[:, np.newaxis, np.newaxis]

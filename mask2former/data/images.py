@@ -1,4 +1,4 @@
-"""Reading picture files into arrays.
+"""Reading picture files and label maps into arrays.
 
 Detectron2's reader, with two things added: pictures with more than 8 bits a channel, and errors that name the file.
 """
@@ -7,12 +7,13 @@ import os
 import struct
 
 import numpy as np
+import numpy.typing as npt
 from detectron2.data import detection_utils
 from PIL import Image, ImageOps
 
 from ..errors import UserError
 
-__all__ = ["read_image"]
+__all__ = ["read_image", "read_label_map"]
 
 # What Pillow's decoders raise on files that are missing, truncated, of another kind, or damaged.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -30,16 +31,36 @@ def read_image(path: str | os.PathLike[str], image_format: str = "RGB") -> np.nd
 
     Raises ``UserError`` naming the file if it can't be read, or holds floating-point numbers.
     """
+    upright = _open_upright(path, "picture")
+    pixels = detection_utils.convert_PIL_to_numpy(_to_8_bits(upright, path), image_format)
+    return np.ascontiguousarray(pixels)
+
+
+def read_label_map(path: str | os.PathLike[str], dtype: npt.DTypeLike = int) -> np.ndarray:
+    """Read a PNG with a label for each pixel, as they are in the file, as an (H, W) array of its own.
+
+    A palette's indices are the labels, not its colours. Raises ``UserError`` naming the file if it can't be read, or
+    has colours.
+    """
+    image = _open_upright(path, "label map")
+    labels = np.array(image, dtype=dtype)
+    if labels.ndim != 2:
+        raise UserError(
+            f"label map '{os.fspath(path)}' is a picture of mode {image.mode}: expected one channel with the labels"
+        )
+    return labels
+
+
+def _open_upright(path: str | os.PathLike[str], noun: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             upright.load()
     except FileNotFoundError as error:
-        raise UserError(f"picture '{os.fspath(path)}' does not exist: check the path") from error
+        raise UserError(f"{noun} '{os.fspath(path)}' does not exist: check the path") from error
     except _DECODING_ERRORS as error:
-        raise UserError(f"cannot read picture '{os.fspath(path)}': {error}: replace or remove the file") from error
-    pixels = detection_utils.convert_PIL_to_numpy(_to_8_bits(upright, path), image_format)
-    return np.ascontiguousarray(pixels)
+        raise UserError(f"cannot read {noun} '{os.fspath(path)}': {error}: replace or remove the file") from error
+    return upright
 
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:

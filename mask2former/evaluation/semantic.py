@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from detectron2.evaluation import SemSegEvaluator
-from detectron2.utils.file_io import PathManager
-from PIL import Image
 
+from ..data.images import read_label_map
 from ..errors import UserError
-from .truth import check_size, reading
+from .truth import check_size
 
-__all__ = ["SemanticEvaluator", "read_label_map"]
+__all__ = ["SemanticEvaluator"]
 
 
 class SemanticEvaluator(SemSegEvaluator):
@@ -64,16 +63,3 @@ class SemanticEvaluator(SemSegEvaluator):
                 f"0 to {self._num_classes - 1} and {self._ignore_label} (ignored)"
             )
         return labels
-
-
-def read_label_map(file_name: str, dtype: npt.DTypeLike = int) -> np.ndarray:
-    """The pixels of a picture of labels, (H, W), in an array of its own.
-
-    Raises:
-        UserError: it can't be read, or has colours instead of labels.
-    """
-    with reading("ground truth", file_name), PathManager.open(file_name, "rb") as file, Image.open(file) as picture:
-        labels = np.array(picture, dtype=dtype)
-    if labels.ndim != 2:
-        raise UserError(f"{file_name} is a picture of mode {picture.mode}: expected one channel with a label a pixel")
-    return labels
