@@ -1,6 +1,8 @@
 """What a run is made of, named by a YAML file or by a LazyConfig."""
 
+import copy
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -24,12 +26,17 @@ from ..config import get_default_config
 from ..data import build_test_loader, build_train_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
+from ..modeling import SemanticSegmentorWithTTA
 from .optimizer import build_optimizer
 from .setup import available_device
 
 __all__ = ["Recipe", "load_config", "load_recipe"]
 
 Batch = list[dict[str, Any]]
+
+# Where results with test-time augmentation go in the output folder, and the outputs that they have.
+TTA_FOLDER = "inference_TTA"
+SEMANTIC_ALONE = {"semantic_on": True, "panoptic_on": False, "instance_on": False}
 
 
 @dataclass
@@ -39,6 +46,14 @@ class TestSet:
     name: str
     build_loader: Callable[[], Iterable[Batch]]
     build_evaluator: Callable[[], DatasetEvaluator]
+
+
+@dataclass
+class AugmentedTest:
+    """Evaluation with test-time augmentation: what puts it around a model, and what judges the semantic results."""
+
+    wrap_model: Callable[[nn.Module], nn.Module]
+    test_sets: list[TestSet]
 
 
 @dataclass
@@ -58,6 +73,7 @@ class Recipe:
         build_model: the model, on its device.
         build_optimizer: from the model; build_scheduler: from the optimizer; build_train_loader: endless batches.
         test_sets: what is evaluated.
+        augmented_test: what is evaluated besides by ``--eval-only``, with test-time augmentation; None: nothing.
     """
 
     config: CfgNode | DictConfig
@@ -76,6 +92,7 @@ class Recipe:
     build_scheduler: Callable[[torch.optim.Optimizer], Any]
     build_train_loader: Callable[[], Iterable[Batch]]
     test_sets: list[TestSet]
+    augmented_test: AugmentedTest | None = None
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> CfgNode | DictConfig:
@@ -145,19 +162,23 @@ def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _from_yaml(cfg: CfgNode) -> Recipe:
     test = cfg.MODEL.MASK_FORMER.TEST
 
-    def test_set(name: str) -> TestSet:
-        return TestSet(
-            name,
-            lambda: build_test_loader(cfg, name),
-            lambda: build_evaluator(
+    def test_sets(folder: str, outputs: dict[str, bool]) -> list[TestSet]:
+        output_dir = os.path.join(cfg.OUTPUT_DIR, folder)
+        return [
+            TestSet(
                 name,
-                os.path.join(cfg.OUTPUT_DIR, "inference"),
-                semantic_on=test.SEMANTIC_ON,
-                panoptic_on=test.PANOPTIC_ON,
-                instance_on=test.INSTANCE_ON,
-            ),
-        )
+                functools.partial(build_test_loader, cfg, name),
+                functools.partial(build_evaluator, name, output_dir, **outputs),
+            )
+            for name in cfg.DATASETS.TEST
+        ]
 
+    augmented_test = None
+    if cfg.TEST.AUG.ENABLED:
+        _check_semantic("TEST.AUG.ENABLED", "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", test.SEMANTIC_ON)
+        augmented_test = AugmentedTest(
+            lambda model: SemanticSegmentorWithTTA(cfg, model), test_sets(TTA_FOLDER, SEMANTIC_ALONE)
+        )
     return Recipe(
         config=cfg,
         output_dir=cfg.OUTPUT_DIR,
@@ -174,8 +195,20 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
         build_optimizer=lambda model: build_optimizer(cfg, model),
         build_scheduler=lambda optimizer: build_lr_scheduler(cfg, optimizer),
         build_train_loader=lambda: build_train_loader(cfg),
-        test_sets=[test_set(name) for name in cfg.DATASETS.TEST],
+        test_sets=test_sets(
+            "inference",
+            {"semantic_on": test.SEMANTIC_ON, "panoptic_on": test.PANOPTIC_ON, "instance_on": test.INSTANCE_ON},
+        ),
+        augmented_test=augmented_test,
     )
+
+
+def _check_semantic(wish: str, switch: str, semantic_on: bool) -> None:
+    if not semantic_on:
+        raise UserError(
+            f"{wish} evaluates the mean of augmented semantic results, but {switch} is False: set it to True, or leave "
+            "out test-time augmentation"
+        )
 
 
 def _load_lazy(path: str, overrides: Sequence[str]) -> DictConfig:
@@ -221,16 +254,17 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         cfg.lr_scheduler.optimizer = optimizer
         return instantiate(cfg.lr_scheduler)
 
-    test_sets = []
-    if "test" in cfg.dataloader:
-        evaluator = cfg.dataloader.evaluator
-        test_sets.append(
-            TestSet(
-                evaluator.dataset_name,
-                lambda: instantiate(cfg.dataloader.test),
-                lambda: instantiate(evaluator),
-            )
-        )
+    def test_set(evaluator: DictConfig) -> TestSet:
+        return TestSet(evaluator.dataset_name, lambda: instantiate(cfg.dataloader.test), lambda: instantiate(evaluator))
+
+    def augmented_of(model: nn.Module) -> nn.Module:
+        cfg.test_time_augmentation.model = model
+        return instantiate(cfg.test_time_augmentation)
+
+    test_sets = [test_set(cfg.dataloader.evaluator)] if "test" in cfg.dataloader else []
+    augmented_test = None
+    if test_sets and cfg.get("test_time_augmentation") is not None:
+        augmented_test = AugmentedTest(augmented_of, [test_set(_semantic_evaluator(cfg))])
     return Recipe(
         config=cfg,
         output_dir=train.output_dir,
@@ -248,4 +282,14 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         build_scheduler=scheduler_of,
         build_train_loader=lambda: instantiate(cfg.dataloader.train),
         test_sets=test_sets,
+        augmented_test=augmented_test,
     )
+
+
+def _semantic_evaluator(cfg: DictConfig) -> DictConfig:
+    """The evaluator of semantic results alone, which go to a folder of their own."""
+    evaluator = copy.deepcopy(cfg.dataloader.evaluator)
+    _check_semantic("test_time_augmentation", "dataloader.evaluator.semantic_on", evaluator.get("semantic_on", True))
+    values = {"output_dir": os.path.join(cfg.train.output_dir, TTA_FOLDER), **SEMANTIC_ALONE}
+    evaluator.update({key: value for key, value in values.items() if key in evaluator})
+    return evaluator

@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import Checkpointer
 from ..errors import UserError
 from .hooks import ConsoleWriter, LRScheduler, SaveOnInterrupt
-from .recipe import Recipe
+from .recipe import Recipe, TestSet
 
 __all__ = ["evaluate", "train"]
 
@@ -82,8 +83,26 @@ def evaluate(recipe: Recipe, model: nn.Module) -> Results:
     Returns:
         ``{task: {metric: value}}``, by the name of the test set first where there are several.
     """
+    return _evaluate_on(recipe.test_sets, model)
+
+
+def evaluate_augmented(recipe: Recipe, model: nn.Module) -> Results:
+    """Evaluate with test-time augmentation, if the recipe asks for it.
+
+    Returns:
+        As :func:`evaluate`, with "_TTA" at the end of the first names: ``{"sem_seg_TTA": {metric: value}}``.
+    """
+    test = recipe.augmented_test
+    if test is None:
+        return {}
+    logging.getLogger(__name__).info("evaluating again, with test-time augmentation")
+    results = _evaluate_on(test.test_sets, test.wrap_model(model.eval()))
+    return {f"{name}_TTA": result for name, result in results.items()}
+
+
+def _evaluate_on(test_sets: Sequence[TestSet], model: nn.Module) -> Results:
     results: Results = OrderedDict()
-    for test_set in recipe.test_sets:
+    for test_set in test_sets:
         evaluator = test_set.build_evaluator()
         results[test_set.name] = inference_on_dataset(model, test_set.build_loader(), evaluator) or {}
         if comm.is_main_process():
@@ -92,10 +111,14 @@ def evaluate(recipe: Recipe, model: nn.Module) -> Results:
 
 
 def evaluate_weights(recipe: Recipe, *, resume: bool = False) -> Results:
-    """Evaluate the recipe's weights, or the last checkpoint in the output folder where ``resume`` is set."""
+    """Evaluate the recipe's weights, or the last checkpoint in the output folder where ``resume`` is set.
+
+    With test-time augmentation too where the recipe asks for it, see :func:`evaluate_augmented`.
+    """
     model = recipe.build_model()
     Checkpointer(model, recipe.output_dir).resume_or_load(recipe.weights, resume=resume)
     results = evaluate(recipe, model)
+    results.update(evaluate_augmented(recipe, model))
     _verify(recipe, results)
     return results
 
