@@ -4,7 +4,8 @@ import os
 
 from detectron2.data import DatasetCatalog
 
-from .panoptic import panoptic_metadata, read_classes, register_panoptic
+from .catalog import read_classes
+from .panoptic import panoptic_metadata, register_panoptic
 
 __all__ = ["register_nuclei"]
 

@@ -2,42 +2,26 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UserError
+from .catalog import Category
 
-__all__ = ["data_set_root", "load_json", "load_panoptic", "panoptic_metadata", "read_classes", "register_panoptic"]
-
-Category = dict[str, Any]
-
-
-def data_set_root() -> str:
-    """The folder of all data sets: the environment variable DETECTRON2_DATASETS, by default ``datasets``."""
-    return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+__all__ = ["load_json", "load_panoptic", "panoptic_metadata", "register_panoptic"]
 
 
-def read_classes(name: str) -> list[Category]:
-    """The class table ``classes/<name>.json``: ``id`` in the annotation files, ``name``, ``isthing``, ``color`` (RGB).
-
-    A class's place in the table is its contiguous id.
-    """
-    table = Path(__file__).parent / "classes" / f"{name}.json"
-    return json.loads(table.read_text(encoding="utf-8"))
-
-
-def panoptic_metadata(categories: list[Category]) -> dict[str, Any]:
+def panoptic_metadata(categories: list[Category], *, things_first: bool = True) -> dict[str, Any]:
     """Metadata of a panoptic data set from its categories, in the order of their contiguous ids.
 
-    "Stuff" names every class, so that semantic segmentation has all of them; "thing" those with ``isthing``. Things
-    come first among ``categories``, so that one contiguous id means the same class in both.
+    "Stuff" names every class, so that semantic segmentation has all of them; "thing" those with ``isthing``. With
+    ``things_first`` these come first among ``categories``, so that one contiguous id means the same class in both.
 
-    Raises ``UserError`` if a thing follows a stuff class, or an id occurs twice.
+    Raises ``UserError`` if a thing follows a stuff class but must not, or an id occurs twice.
     """
     things = [category for category in categories if category["isthing"]]
-    if categories[: len(things)] != things:
+    if things_first and categories[: len(things)] != things:
         raise UserError(
             f"class '{things[-1]['name']}' is a thing, but comes after stuff classes: list all things before all stuff"
         )
@@ -121,13 +105,15 @@ def load_panoptic(
     sem_seg_root: str | None,
     metadata: dict[str, Any],
     *,
+    picture_ext: str | None = None,
     hint: str = "",
 ) -> list[dict[str, Any]]:
     """Dataset dicts of a data set in the COCO panoptic format, in the order of its annotations.
 
     Each has ``file_name``, ``image_id``, ``height``, ``width``, ``pan_seg_file_name``, ``segments_info`` (with
-    contiguous ``category_id`` and bool ``isthing``) and, with a ``sem_seg_root``, ``sem_seg_file_name``. The pictures
-    themselves are not looked at; ``mask2former.data.checks`` does that.
+    contiguous ``category_id`` and bool ``isthing``) and, with a ``sem_seg_root``, ``sem_seg_file_name``. A picture's
+    file is the one that ``images`` names, or with a ``picture_ext`` (".jpg") that with the annotation's name and this
+    ending. The pictures themselves are not looked at; ``mask2former.data.checks`` does that.
 
     Raises ``UserError`` if the JSON file can't be used, or a segment has a class that ``metadata`` lacks.
     """
@@ -145,8 +131,10 @@ def load_panoptic(
                 f"{annotation['image_id']}, which is not among its 'images'"
             )
         image = images[annotation["image_id"]]
+        stem = os.path.splitext(annotation["file_name"])[0]
+        picture = image["file_name"] if picture_ext is None else stem + picture_ext
         dataset_dict = {
-            "file_name": os.path.join(image_root, image["file_name"]),
+            "file_name": os.path.join(image_root, picture),
             "image_id": annotation["image_id"],
             "height": image["height"],
             "width": image["width"],
