@@ -6,17 +6,25 @@ from .head import MaskFormerHead
 from .inference import InferenceSettings
 from .matcher import HungarianMatcher
 from .meta_arch import MaskFormer
-from .pixel_decoder import MSDeformAttnPixelDecoder, build_pixel_decoder
+from .per_pixel import PerPixelBaselineHead, PerPixelBaselinePlusHead
+from .pixel_decoder import (
+    BasePixelDecoder,
+    MSDeformAttnPixelDecoder,
+    TransformerEncoderPixelDecoder,
+    build_pixel_decoder,
+)
 from .predictions import Predictions
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .transformer_decoder import (
     TRANSFORMER_DECODER_REGISTRY,
     MultiScaleMaskedTransformerDecoder,
+    StandardTransformerDecoder,
     build_transformer_decoder,
 )
 
 __all__ = [
     "TRANSFORMER_DECODER_REGISTRY",
+    "BasePixelDecoder",
     "D2SwinTransformer",
     "HungarianMatcher",
     "InferenceSettings",
@@ -24,10 +32,14 @@ __all__ = [
     "MaskFormer",
     "MaskFormerHead",
     "MultiScaleMaskedTransformerDecoder",
+    "PerPixelBaselineHead",
+    "PerPixelBaselinePlusHead",
     "Predictions",
     "SemanticSegmentorWithTTA",
     "SetCriterion",
+    "StandardTransformerDecoder",
     "TimmBackbone",
+    "TransformerEncoderPixelDecoder",
     "build_pixel_decoder",
     "build_transformer_decoder",
 ]

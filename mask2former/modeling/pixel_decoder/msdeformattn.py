@@ -4,23 +4,22 @@ Letters: ``B`` batch, ``C`` channels, ``S`` positions of all levels together, ``
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from ...ops import MSDeformAttn
 from ..position_encoding import PositionEmbeddingSine
+from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv
 
 __all__ = ["MSDeformAttnPixelDecoder"]
-
-NUM_DECODER_LEVELS = 3  # maps handed to the transformer decoder
 
 
 class MSDeformAttnTransformerEncoderLayer(nn.Module):
@@ -130,7 +129,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         *,
         conv_dim: int = 256,
         mask_dim: int = 256,
-        norm: str | Callable[[int], nn.Module] = "GN",
+        norm: Norm = "GN",
         transformer_in_features: Sequence[str] = ("res3", "res4", "res5"),
         transformer_dropout: float = 0.0,
         transformer_nheads: int = 8,
@@ -164,20 +163,8 @@ class MSDeformAttnPixelDecoder(nn.Module):
         num_fpn_levels = int(math.log2(encoded[0][1].stride) - math.log2(common_stride))
         self.fpn_features = [name for name, _ in by_stride[:num_fpn_levels]]
         for index, (_, shape) in enumerate(by_stride[:num_fpn_levels], start=1):
-            lateral = Conv2d(shape.channels, conv_dim, kernel_size=1, bias=norm == "", norm=get_norm(norm, conv_dim))
-            output = Conv2d(
-                conv_dim,
-                conv_dim,
-                kernel_size=3,
-                padding=1,
-                bias=norm == "",
-                norm=get_norm(norm, conv_dim),
-                activation=F.relu,
-            )
-            for conv in (lateral, output):
-                weight_init.c2_xavier_fill(conv)
-            self.add_module(f"adapter_{index}", lateral)
-            self.add_module(f"layer_{index}", output)
+            self.add_module(f"adapter_{index}", lateral_conv(shape.channels, conv_dim, norm))
+            self.add_module(f"layer_{index}", output_conv(conv_dim, conv_dim, norm))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

@@ -2,5 +2,11 @@
 
 from .build import TRANSFORMER_DECODER_REGISTRY, build_transformer_decoder
 from .masked import MultiScaleMaskedTransformerDecoder
+from .standard import StandardTransformerDecoder
 
-__all__ = ["TRANSFORMER_DECODER_REGISTRY", "MultiScaleMaskedTransformerDecoder", "build_transformer_decoder"]
+__all__ = [
+    "TRANSFORMER_DECODER_REGISTRY",
+    "MultiScaleMaskedTransformerDecoder",
+    "StandardTransformerDecoder",
+    "build_transformer_decoder",
+]

@@ -1,42 +1,19 @@
 """Attention and feed-forward layers of the transformer decoder.
 
 Every layer adds its result to its input. ``normalize_before`` norms the input (pre-norm), else the sum.
-Letters: ``B`` batch, ``Q`` queries, ``S`` keys, ``C`` channels, ``M`` heads.
+Letters: ``B`` batch, ``Q`` queries, ``S`` keys, ``C`` channels.
 """
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-__all__ = ["MLP", "CrossAttentionLayer", "FFNLayer", "SelfAttentionLayer"]
+from ..attention import MultiheadAttention, initialize_matrices
 
-
-class MultiheadAttention(nn.Module):
-    """Attention with the parameter names of ``nn.MultiheadAttention``, batch first, one mask for all heads."""
-
-    def __init__(self, d_model: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model))
-        self.out_proj = nn.Linear(d_model, d_model)
-        nn.init.zeros_(self.out_proj.bias)
-        initialize_matrices(self)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_bias: Tensor | None = None) -> Tensor:
-        """Attend from query (B, Q, C) to key and value (B, S, C), with (B, 1, Q, S) added to the logits."""
-        weights = self.in_proj_weight.chunk(3)
-        biases = self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )  # each (B, M, Q or S, C/M)
-        if attention_bias is not None:
-            attention_bias = attention_bias.to(q.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+__all__ = ["MLP", "CrossAttentionLayer", "FFNLayer", "SelfAttentionLayer", "input_projection"]
 
 
 class SelfAttentionLayer(nn.Module):
@@ -113,8 +90,10 @@ class MLP(nn.Module):
         return last(x)
 
 
-def initialize_matrices(module: nn.Module) -> None:
-    """Xavier initialisation of every parameter of more than one dimension."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
+def input_projection(in_channels: int, hidden_dim: int, enforce: bool) -> nn.Module:
+    """A 1x1 convolution from the feature map's width to the decoder's, left out where they agree, unless enforced."""
+    if in_channels == hidden_dim and not enforce:
+        return nn.Sequential()
+    projection = Conv2d(in_channels, hidden_dim, kernel_size=1)
+    weight_init.c2_xavier_fill(projection)
+    return projection

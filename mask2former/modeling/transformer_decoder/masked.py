@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d
-from fvcore.nn import weight_init
 from torch import Tensor, nn
 
+from ..old_names import RenamesOldWeights
 from ..position_encoding import PositionEmbeddingSine
 from ..predictions import Predictions
 from .build import TRANSFORMER_DECODER_REGISTRY
-from .layers import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer
+from .layers import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer, input_projection
 
 __all__ = ["MultiScaleMaskedTransformerDecoder"]
 
@@ -24,7 +23,7 @@ NUM_FEATURE_LEVELS = 3
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
-class MultiScaleMaskedTransformerDecoder(nn.Module):
+class MultiScaleMaskedTransformerDecoder(RenamesOldWeights):
     """Queries that attend, layer by layer, to what the previous layer's masks cover, one feature scale a layer.
 
     Args:
@@ -40,6 +39,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         mask_dim: channels of the mask features.
         enforce_input_project: project the feature maps although they have ``hidden_dim`` channels already.
     """
+
+    renamed = {"static_query.": "query_feat."}
 
     @configurable
     def __init__(
@@ -77,7 +78,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.level_embed = nn.Embedding(NUM_FEATURE_LEVELS, hidden_dim)
         self.input_proj = nn.ModuleList(
-            _input_projection(in_channels, hidden_dim, enforce_input_project) for _ in range(NUM_FEATURE_LEVELS)
+            input_projection(in_channels, hidden_dim, enforce_input_project) for _ in range(NUM_FEATURE_LEVELS)
         )
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP([hidden_dim, hidden_dim, hidden_dim, mask_dim])
@@ -181,11 +182,3 @@ def masked_attention_bias(mask_embeddings: Tensor, features: Tensor) -> Tensor:
     blocked = logits < 0
     blocked &= ~blocked.all(dim=-1, keepdim=True)
     return torch.zeros_like(logits).masked_fill_(blocked, float("-inf"))[:, None]
-
-
-def _input_projection(in_channels: int, hidden_dim: int, enforce: bool) -> nn.Module:
-    if in_channels == hidden_dim and not enforce:
-        return nn.Sequential()
-    projection = Conv2d(in_channels, hidden_dim, kernel_size=1)
-    weight_init.c2_xavier_fill(projection)
-    return projection

@@ -1,0 +1,48 @@
+"""Checkpoints of the published code's first version, in which some weights had other names."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+__all__ = ["RenamesOldWeights"]
+
+
+class RenamesOldWeights(nn.Module):
+    """A module that loads weights by the names that they had before version 2.
+
+    torch saves ``_version`` with a state dict. Files of other formats don't have it, whatever their names are: there a
+    name that begins with a part that this module has is up to date.
+    """
+
+    _version = 2
+    # What old names begin with, and what they begin with now; the first that fits counts.
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        if local_metadata.get("version", 1) < self._version:
+            self._rename(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _rename(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        count = 0
+        for name in [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]:
+            new_name = self._new_name(name)
+            if new_name != name:
+                state_dict[prefix + new_name] = state_dict.pop(prefix + name)
+                count += 1
+        if count:
+            logging.getLogger(__name__).warning(
+                f"{count} weights of {type(self).__name__} have names of an old version: they are renamed on loading"
+            )
+
+    def _new_name(self, name: str) -> str:
+        if name.partition(".")[0] in self._modules:
+            return name
+        for old, new in self.renamed.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name

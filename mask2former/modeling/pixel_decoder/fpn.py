@@ -1,0 +1,170 @@
+"""Pixel decoders of MaskFormer: a feature pyramid network, plain or with a transformer encoder on its coarsest map.
+
+Lin et al., *Feature Pyramid Networks for Object Detection*, CVPR 2017; Cheng et al., *Per-Pixel Classification is Not
+All You Need for Semantic Segmentation*, NeurIPS 2021, section 4.1. Letters: ``B`` batch, ``C`` channels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from ..position_encoding import PositionEmbeddingSine
+from ..transformer import TransformerEncoderOnly
+
+__all__ = ["NUM_DECODER_LEVELS", "BasePixelDecoder", "TransformerEncoderPixelDecoder", "lateral_conv", "output_conv"]
+
+NUM_DECODER_LEVELS = 3  # maps handed to the transformer decoder
+
+Norm = str | Callable[[int], nn.Module]
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class BasePixelDecoder(nn.Module):
+    """A feature pyramid network, from the coarsest backbone feature to the finest.
+
+    Args:
+        input_shape: channels and stride of each backbone feature used, by name.
+        conv_dim: width of the pyramid.
+        mask_dim: channels of the mask features.
+        norm: normalisation of the pyramid's convolutions, as Detectron2 names them ("" for none).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        conv_dim: int = 256,
+        mask_dim: int = 256,
+        norm: Norm = "GN",
+    ) -> None:
+        super().__init__()
+        by_stride = sorted(input_shape.items(), key=lambda item: item[1].stride)
+        self.in_features = [name for name, _ in by_stride]  # fine to coarse
+        for index, (_, shape) in enumerate(by_stride[:-1], start=1):
+            self.add_module(f"adapter_{index}", lateral_conv(shape.channels, conv_dim, norm))
+            self.add_module(f"layer_{index}", output_conv(conv_dim, conv_dim, norm))
+        self.add_module(f"layer_{len(by_stride)}", output_conv(by_stride[-1][1].channels, conv_dim, norm))
+        self.mask_features = Conv2d(conv_dim, mask_dim, kernel_size=3, padding=1)
+        weight_init.c2_xavier_fill(self.mask_features)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        head = cfg.MODEL.SEM_SEG_HEAD
+        return {
+            "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
+            "conv_dim": head.CONVS_DIM,
+            "mask_dim": head.MASK_DIM,
+            "norm": head.NORM,
+        }
+
+    def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Decode backbone features.
+
+        Returns:
+            mask features (B, mask_dim, H/4, W/4) at the stride of the finest feature, None, and the three coarsest
+            maps of the pyramid (B, conv_dim, H_l, W_l), coarse to fine.
+        """
+        maps: list[Tensor] = []
+        for index, name in reversed(list(enumerate(self.in_features, start=1))):
+            x = features[name]
+            if maps:
+                x = self.get_submodule(f"adapter_{index}")(x)
+                x = x + F.interpolate(maps[-1], size=x.shape[-2:], mode="nearest")
+            maps.append(self.get_submodule(f"layer_{index}")(x))
+        return self.mask_features(maps[-1]), None, maps[:NUM_DECODER_LEVELS]
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class TransformerEncoderPixelDecoder(BasePixelDecoder):
+    """A feature pyramid network whose coarsest feature goes through a transformer encoder first, as in DETR.
+
+    Args:
+        input_shape, conv_dim, mask_dim, norm: see ``BasePixelDecoder``.
+        transformer_dropout, transformer_nheads, transformer_dim_feedforward, transformer_enc_layers,
+            transformer_pre_norm: the encoder's shape, see ``TransformerEncoderLayer``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        conv_dim: int = 256,
+        mask_dim: int = 256,
+        norm: Norm = "GN",
+        transformer_dropout: float = 0.1,
+        transformer_nheads: int = 8,
+        transformer_dim_feedforward: int = 2048,
+        transformer_enc_layers: int = 6,
+        transformer_pre_norm: bool = False,
+    ) -> None:
+        coarsest = max(input_shape, key=lambda name: input_shape[name].stride)
+        encoded_shape = ShapeSpec(channels=conv_dim, stride=input_shape[coarsest].stride)
+        super().__init__(
+            {**input_shape, coarsest: encoded_shape},
+            conv_dim=conv_dim,
+            mask_dim=mask_dim,
+            norm=norm,
+        )
+        self.coarsest = coarsest
+        self.input_proj = Conv2d(input_shape[coarsest].channels, conv_dim, kernel_size=1)
+        weight_init.c2_xavier_fill(self.input_proj)
+        self.transformer = TransformerEncoderOnly(
+            d_model=conv_dim,
+            nhead=transformer_nheads,
+            num_encoder_layers=transformer_enc_layers,
+            dim_feedforward=transformer_dim_feedforward,
+            dropout=transformer_dropout,
+            pre_norm=transformer_pre_norm,
+        )
+        self.pe_layer = PositionEmbeddingSine(conv_dim // 2, normalize=True)
+        last = f"layer_{len(input_shape)}"  # behind the encoder, as published: an optimizer's state follows the order
+        self.add_module(last, self._modules.pop(last))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        mask_former = cfg.MODEL.MASK_FORMER
+        return {
+            **super().from_config(cfg, input_shape),
+            "transformer_dropout": mask_former.DROPOUT,
+            "transformer_nheads": mask_former.NHEADS,
+            "transformer_dim_feedforward": mask_former.DIM_FEEDFORWARD,
+            "transformer_enc_layers": cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS,
+            "transformer_pre_norm": mask_former.PRE_NORM,
+        }
+
+    def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """As ``BasePixelDecoder``'s, with the encoded map (B, conv_dim, H/32, W/32) as second result."""
+        x = self.input_proj(features[self.coarsest])
+        encoded = self.transformer(x, self.pe_layer(x.shape[-2], x.shape[-1], x.device))
+        mask_features, _, maps = super().forward_features({**features, self.coarsest: encoded})
+        return mask_features, encoded, maps
+
+
+def lateral_conv(in_channels: int, out_channels: int, norm: Norm) -> Conv2d:
+    """The 1x1 convolution of a backbone feature on its way into the pyramid."""
+    conv = Conv2d(in_channels, out_channels, kernel_size=1, bias=norm == "", norm=get_norm(norm, out_channels))
+    weight_init.c2_xavier_fill(conv)
+    return conv
+
+
+def output_conv(in_channels: int, out_channels: int, norm: Norm) -> Conv2d:
+    """The 3x3 convolution with ReLU that makes a map of the pyramid."""
+    conv = Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        padding=1,
+        bias=norm == "",
+        norm=get_norm(norm, out_channels),
+        activation=F.relu,
+    )
+    weight_init.c2_xavier_fill(conv)
+    return conv
