@@ -1,7 +1,7 @@
 """Mask2Former: one model for semantic, instance and panoptic segmentation, as a Detectron2 extension.
 
-Importing this package registers its models and data sets in Detectron2's registries and catalogs, and the addresses of the published
-weights.
+Importing this package registers its models and data sets in Detectron2's registries and catalogs, and the addresses
+of the published weights with its files.
 """
 
 from . import data, model_zoo, modeling
