@@ -1,0 +1,8 @@
+"""Cityscapes semantic segmentation with Swin-T, equal to the YAML recipe of the same name."""
+
+from ....common.swin import use_swin_tiny
+from ..maskformer2_R50_bs16_90k import dataloader, lr_scheduler, model, optimizer, train
+
+__all__ = ["dataloader", "lr_scheduler", "model", "optimizer", "train"]
+
+use_swin_tiny(model, train)
