@@ -1,8 +1,11 @@
 """How the package is built and what it needs; ``make`` installs it with everything else (CONTRIBUTING.md)."""
 
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 # Lower bounds only: exact versions that are known to work together are in constraints.txt.
 #
@@ -49,6 +52,19 @@ EXTRAS = {
     "dev": ["mypy>=1.10", "pytest>=7.4", "ruff>=0.6", "transformers>=4.40"],
 }
 
+
+class BuildWithRecipes(build_py):
+    """The package with a copy of ``configs/`` for its model zoo, which in editable mode reads the repository's."""
+
+    def run(self) -> None:
+        """Build."""
+        super().run()
+        if not self.editable_mode:
+            copy = Path(self.build_lib) / "mask2former" / "model_zoo" / "configs"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree("configs", copy, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 setup(
     name="mask2former",
     version="0.1.0",
@@ -57,6 +73,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["mask2former", "mask2former.*"]),
     package_data={"mask2former": ["**/*.json"]},
+    cmdclass={"build_py": BuildWithRecipes},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     zip_safe=False,

@@ -6,6 +6,7 @@ import logging
 import pickle
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -318,6 +319,18 @@ def test_every_model_of_pictures_has_its_recipe(repository: Path) -> None:
             assert path.is_file() and path.is_relative_to(repository / "configs")
 
 
+def test_an_installed_package_has_the_recipes(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="needs setuptools to build the package")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=repository, check=True, capture_output=True)
+    built, source = tmp_path / "mask2former" / "model_zoo" / "configs", repository / "configs"
+    recipes = sorted(path.relative_to(source) for path in source.rglob("*.yaml"))
+    assert len(recipes) > 57
+    for recipe in recipes:
+        assert (built / recipe).read_bytes() == (source / recipe).read_bytes()
+    assert (built.parent / "model_zoo.json").is_file()
+
+
 def test_the_recipe_that_the_published_table_misnames() -> None:
     entry = table.find("mapillary-vistas/semantic-segmentation/maskformer_R50_bs16_300k")
     assert table.find("mapillary-vistas/semantic-segmentation/maskformer2_R50_bs16_300k") is entry
@@ -409,10 +422,8 @@ def test_weights_that_can_not_be_had(server: Server, publish: Callable[[], Path]
 
 
 def test_the_command_downloads_and_says_where(
-    publish: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys
+    publish: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mask2former.model_zoo.__main__ import main
-
     path = publish()
     monkeypatch.setattr(sys, "argv", ["model_zoo", NAME])
     main()
