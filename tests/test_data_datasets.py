@@ -18,11 +18,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
+from published_layouts import HEIGHT, WIDTH, make_ade20k, make_mapillary_vistas, make_semantic, registered_at, stripes
 from tiny_dataset import TinyNames, tiny_dataset
 
 from mask2former.config import get_default_config
 from mask2former.data import (
     MaskFormerDatasetMapper,
+    build_mapper,
     build_test_loader,
     build_train_loader,
     check_dataset,
@@ -32,7 +34,7 @@ from mask2former.data import (
 from mask2former.data.annotations import read_panoptic
 from mask2former.data.augmentation import large_scale_jitter
 from mask2former.data.checks import count_classes
-from mask2former.data.datasets import load_panoptic, panoptic_metadata, read_classes
+from mask2former.data.datasets import cityscapes, load_panoptic, panoptic_metadata, read_classes
 from mask2former.data.panoptic_files import instances_to_panoptic
 from mask2former.errors import UserError
 
@@ -158,6 +160,165 @@ def test_coco_dicts_agree_with_detectron2s_loader(shared_data: Path) -> None:
     assert [{k: v for k, v in d.items() if k not in ("height", "width")} for d in ours] == theirs
 
 
+# ------------------------------------------------------------------------------------- published data sets
+
+
+def training_sample(name: str, mapper: str, dicts: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
+    """The picture as it is, through a published mapper."""
+    cfg = get_default_config()
+    cfg.DATASETS.TRAIN = (name,)
+    cfg.INPUT.DATASET_MAPPER_NAME = mapper
+    cfg.INPUT.MIN_SIZE_TRAIN = 0
+    cfg.INPUT.RANDOM_FLIP = "none"
+    sample = build_mapper(cfg, True)(dicts[index])
+    assert (sample["height"], sample["width"]) == (HEIGHT, WIDTH)
+    return sample
+
+
+def classes_and_areas(sample: dict[str, Any]) -> list[tuple[int, int]]:
+    instances = sample["instances"]
+    return list(zip(instances.gt_classes.tolist(), instances.gt_masks.sum(dim=(1, 2)).tolist(), strict=True))
+
+
+STRIPE = HEIGHT * WIDTH // 4  # pixels
+
+
+def test_ade20k(tmp_path: Path) -> None:
+    make_ade20k(tmp_path, "train")
+    with registered_at(tmp_path):
+        panoptic = check_dataset("ade20k_panoptic_train", 150, semantic_files=True)
+        assert panoptic[0]["image_id"] == "ADE_train_00000001"
+        assert panoptic[0]["file_name"].endswith("images/training/ADE_train_00000001.jpg")
+        assert [segment["isthing"] for segment in panoptic[0]["segments_info"]] == [False, True, False, True]
+        sample = training_sample("ade20k_panoptic_train", "mask_former_panoptic", panoptic)
+        assert classes_and_areas(sample) == [(0, STRIPE), (7, STRIPE), (3, STRIPE), (12, STRIPE)]
+        assert np.array_equal(sample["sem_seg"].numpy(), stripes([0, 7, 3, 12]))
+
+        instances = check_dataset("ade20k_instance_train", 100)
+        sample = training_sample("ade20k_instance_train", "mask_former_instance", instances)
+        names = MetadataCatalog.get("ade20k_instance_train").thing_classes
+        assert [(names[c], area) for c, area in classes_and_areas(sample)] == [("bed", STRIPE), ("person", STRIPE)]
+
+
+def test_mapillary_vistas(tmp_path: Path) -> None:
+    make_mapillary_vistas(tmp_path, "train")
+    with registered_at(tmp_path):
+        panoptic = check_dataset("mapillary_vistas_panoptic_train", 65, semantic_files=True)
+        sample = training_sample("mapillary_vistas_panoptic_train", "mask_former_panoptic", panoptic)
+        assert classes_and_areas(sample) == [(0, STRIPE), (2, STRIPE), (19, STRIPE)]
+        assert np.array_equal(sample["sem_seg"].numpy(), stripes([0, 2, 19, 65]))
+        assert [segment["isthing"] for segment in panoptic[0]["segments_info"]] == [True, False, True]
+
+        semantic = check_dataset("mapillary_vistas_sem_seg_train", 65)
+        assert [Path(d["file_name"]).name for d in semantic] == ["_0abC-1.jpg", "x9.jpg"]
+        sample = training_sample("mapillary_vistas_sem_seg_train", "mask_former_semantic", semantic)
+        assert classes_and_areas(sample) == [(0, STRIPE), (2, STRIPE), (19, STRIPE)]
+
+
+def test_ade20k_full(tmp_path: Path) -> None:
+    folder = tmp_path / "ADE20K_2021_17_01"
+    labels = stripes([846, 65535, 255, 0], np.uint16)
+    make_semantic(
+        folder / "images_detectron2/training", folder / "annotations_detectron2/training", [labels] * 2, "tif"
+    )
+    with registered_at(tmp_path):
+        dicts = check_dataset("ade20k_full_sem_seg_train", 847)
+        sample = training_sample("ade20k_full_sem_seg_train", "mask_former_semantic", dicts, 1)
+    assert classes_and_areas(sample) == [(0, STRIPE), (255, STRIPE), (846, STRIPE)]
+    assert np.array_equal(sample["sem_seg"].numpy(), labels)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_coco_stuff_10k(split: str, tmp_path: Path) -> None:
+    folder = tmp_path / "coco/coco_stuff_10k"
+    make_semantic(
+        folder / f"images_detectron2/{split}", folder / f"annotations_detectron2/{split}", [stripes([170, 255, 0, 5])]
+    )
+    with registered_at(tmp_path):
+        name = f"coco_2017_{split}_stuff_10k_sem_seg"
+        sample = training_sample(name, "mask_former_semantic", check_dataset(name, 171))
+    assert classes_and_areas(sample) == [(0, STRIPE), (5, STRIPE), (170, STRIPE)]
+
+
+def test_missing_files_of_published_data_sets(tmp_path: Path) -> None:
+    with registered_at(tmp_path):
+        for name, file in (
+            ("ade20k_full_sem_seg_val", "images_detectron2/validation"),
+            ("ade20k_panoptic_val", r"ade20k_panoptic_val\.json"),
+            ("ade20k_instance_val", r"ade20k_instance_val\.json"),
+            ("mapillary_vistas_panoptic_val", r"validation/panoptic/panoptic_2018\.json"),
+            ("coco_2017_test_stuff_10k_sem_seg", "coco_stuff_10k/images_detectron2/test"),
+        ):
+            with pytest.raises(UserError, match=rf"'{tmp_path}.*{file}/?'.* does not exist: .*datasets/README\.md"):
+                load_dataset(name)
+        folder = tmp_path / "coco/coco_stuff_10k"
+        (folder / "images_detectron2/test").mkdir(parents=True)
+        (folder / "annotations_detectron2/test").mkdir(parents=True)
+        with pytest.raises(
+            UserError, match=r"stuff_10k_sem_seg' can't be loaded: No annotations found in .*README\.md"
+        ):
+            load_dataset("coco_2017_test_stuff_10k_sem_seg")
+
+        make_ade20k(tmp_path, "train")
+        cfg = tiny_config("ade20k_panoptic_train", "mask_former_panoptic", 150)
+        (tmp_path / "ADEChallengeData2016/annotations_detectron2/training/ADE_train_00000002.png").unlink()
+        with pytest.raises(UserError, match=r"1 of 2 semantic annotations are missing"):
+            build_train_loader(cfg)
+        cfg.INPUT.DATASET_MAPPER_NAME = "coco_panoptic_lsj"  # reads none
+        build_train_loader(cfg)
+
+
+def test_a_name_that_another_package_took_is_left_alone(tmp_path: Path, scratch_name: str) -> None:
+    from mask2former.data.datasets.catalog import register
+
+    DatasetCatalog.register(scratch_name, lambda: [{"by": "another package"}])
+    register(scratch_name, lambda: [], evaluator_type="ours")
+    assert DatasetCatalog.get(scratch_name) == [{"by": "another package"}]
+    assert MetadataCatalog.get(scratch_name).get("evaluator_type") is None
+
+
+# --------------------------------------------------------------------------------------------- Cityscapes
+
+
+def test_cityscapes_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cityscapes, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package cityscapesscripts: pip install cityscapesscripts"):
+        load_dataset("cityscapes_fine_instance_seg_val")
+
+
+IMPORTS_OF_DETECTRON2 = """
+from deeplearning.projects.cityscapesApi.cityscapesscripts.helpers.labels import name2label
+import deeplearning.projects.cityscapesApi.cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as pixels
+import deeplearning.projects.cityscapesApi.cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as instances
+"""
+
+
+def test_cityscapes_with_a_detectron2_that_imports_from_inside_its_company(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cityscapes._MODULES:
+        path = tmp_path.joinpath(*name.split("."))
+        path.parent.mkdir(exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        if name.count(".") == 2:
+            path.with_suffix(".py").write_text(f"name2label = {name!r}")
+    for name in [name for name in sys.modules if name.split(".")[0] in ("cityscapesscripts", "deeplearning")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = dict(sys.modules)
+    monkeypatch.setattr(cityscapes.inspect, "getsource", lambda module: "import deeplearning.projects.cityscapesApi")
+    try:
+        cityscapes.require_cityscapesscripts()
+        found: dict[str, Any] = {}
+        exec(IMPORTS_OF_DETECTRON2, found)
+        assert found["name2label"] == "cityscapesscripts.helpers.labels"
+        assert found["pixels"] is sys.modules["cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"]
+        assert found["instances"] is sys.modules["cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling"]
+    finally:
+        for name in sys.modules.keys() - before.keys():
+            del sys.modules[name]
+
+
 # ------------------------------------------------------------------------------------------------- checks
 
 
@@ -197,6 +358,13 @@ def test_wrong_number_of_classes(tiny: TinyNames) -> None:
         ("coco_2017_train_panoptic_with_sem_seg", "segments_info", 133),
         ("nuclei_val", "segments_info", 2),
         ("ade20k_sem_seg_train", "sem_seg_file_name", 150),
+        ("ade20k_full_sem_seg_val", "sem_seg_file_name", 847),
+        ("ade20k_panoptic_train", "segments_info", 150),
+        ("ade20k_instance_train", "annotations", 100),
+        ("coco_2017_train_stuff_10k_sem_seg", "sem_seg_file_name", 171),
+        ("mapillary_vistas_sem_seg_val", "sem_seg_file_name", 65),
+        ("mapillary_vistas_panoptic_val", "segments_info", 65),
+        ("cityscapes_fine_sem_seg_train", "sem_seg_file_name", 19),
         ("cityscapes_fine_panoptic_train", "segments_info", 19),
         ("cityscapes_fine_instance_seg_train", "annotations", 8),
     ],

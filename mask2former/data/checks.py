@@ -12,20 +12,22 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import UserError
+from .datasets.cityscapes import require_cityscapesscripts
 from .datasets.panoptic import load_json
 
 __all__ = ["check_dataset", "count_classes", "load_dataset"]
 
 DatasetDicts = list[dict[str, Any]]
 
+_WHERE = "set the environment variable DETECTRON2_DATASETS to the folder of the data sets, see datasets/README.md"
 _FILE_KEYS = {"file_name": "pictures", "pan_seg_file_name": "panoptic annotations"}
 
 
 def load_dataset(name: str) -> DatasetDicts:
     """The dataset dicts of a registered data set.
 
-    Raises ``UserError`` if nothing has that name (similar names are listed), its annotation file is missing or
-    broken, an annotation has an unknown class, or it is empty.
+    Raises ``UserError`` if nothing has that name (similar names are listed), its files or a package that reads them are
+    missing, its annotation file is broken, an annotation has an unknown class, or it is empty.
     """
     if name not in DatasetCatalog:
         raise UserError(f"data set '{name}' is not registered{_similar(name, DatasetCatalog.list())}")
@@ -34,18 +36,24 @@ def load_dataset(name: str) -> DatasetDicts:
     # A panoptic data set's loader says itself what is wrong; the instance file is only used in its evaluation.
     is_instances = json_file is not None and metadata.get("panoptic_json") is None
     if is_instances and not os.path.isfile(json_file):
-        raise UserError(
-            f"data set '{name}' needs '{json_file}', which does not exist: set the environment variable "
-            "DETECTRON2_DATASETS to the folder of the data sets, see datasets/README.md"
-        )
+        raise UserError(f"data set '{name}' needs '{json_file}', which does not exist: {_WHERE}")
+    if metadata.get("evaluator_type") == "cityscapes_instance":
+        require_cityscapesscripts()
     try:
         dicts = DatasetCatalog.get(name)
+    except FileNotFoundError as error:
+        raise UserError(f"data set '{name}' needs '{error.filename}', which does not exist: {_WHERE}") from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"data set '{name}' needs the package {error.name}: pip install {error.name}") from error
     except (KeyError, AssertionError, ValueError) as error:
         if is_instances and not isinstance(error, UserError):
             _check_instances_json(json_file)
+        if isinstance(error, AssertionError):  # so Detectron2's loaders report files that are missing
+            raise UserError(f"data set '{name}' can't be loaded: {error}: {_WHERE}") from error
         raise
     if not dicts:
-        raise UserError(f"data set '{name}' has no pictures: check '{metadata.get('panoptic_json') or json_file}'")
+        place = metadata.get("panoptic_json") or json_file or metadata.get("image_root")
+        raise UserError(f"data set '{name}' has no pictures: check '{place}'")
     return dicts
 
 

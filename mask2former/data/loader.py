@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..errors import UserError
 from .checks import DatasetDicts, check_dataset
-from .mapper import build_mapper
+from .mapper import MAPPERS, build_mapper
 
 __all__ = ["build_test_loader", "build_train_loader", "load_training_dicts"]
 
@@ -23,17 +23,26 @@ Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def load_training_dicts(
-    names: str | Sequence[str], *, num_classes: int | None = None, filter_empty: bool = True
+    names: str | Sequence[str],
+    *,
+    num_classes: int | None = None,
+    filter_empty: bool = True,
+    semantic_files: bool = False,
 ) -> DatasetDicts:
     """The checked dataset dicts of one or several data sets, one after the other.
 
     ``filter_empty`` leaves out pictures whose instance annotations are all crowd regions, or that have none. Data
-    sets without instance annotations, panoptic ones for example, keep all their pictures.
+    sets without instance annotations, panoptic ones for example, keep all their pictures. ``semantic_files``: their
+    label maps, where they have any, are needed too.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise UserError("no data set to train on: set DATASETS.TRAIN")
-    dicts = [dataset_dict for name in names for dataset_dict in check_dataset(name, num_classes)]
+    dicts = [
+        dataset_dict
+        for name in names
+        for dataset_dict in check_dataset(name, num_classes, semantic_files=semantic_files)
+    ]
     if filter_empty and all("annotations" in dataset_dict for dataset_dict in dicts):
         dicts = filter_images_with_only_crowd_annotations(dicts)
     if not dicts:
@@ -45,10 +54,12 @@ def load_training_dicts(
 
 
 def _train_loader_from_config(cfg: CfgNode, mapper: Mapper | None = None) -> dict[str, Any]:
+    row = MAPPERS.get(cfg.INPUT.DATASET_MAPPER_NAME)
     dicts = load_training_dicts(
         cfg.DATASETS.TRAIN,
         num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        semantic_files=mapper is None and row is not None and row.label_map,
     )
     return {
         "dataset": dicts,
