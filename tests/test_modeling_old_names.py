@@ -14,6 +14,7 @@ from test_modeling_per_pixel import config as per_pixel_config
 from torch import Tensor, nn
 
 from mask2former.checkpoint import load_weights, write_safetensors
+from mask2former.modeling.old_names import rename_old_weights
 
 HEAD = "sem_seg_head."
 MODELS = {
@@ -103,3 +104,14 @@ def test_names_of_version_2_are_never_changed() -> None:
     incompatible = model.load_state_dict(state, strict=False)
     assert incompatible.missing_keys == [f"{HEAD}predictor.query_feat.weight"]
     assert incompatible.unexpected_keys == [f"{HEAD}predictor.static_query.weight"]
+
+
+def test_old_names_can_be_renamed_before_loading(cfg: Any) -> None:
+    model = build(cfg, seed=0)
+    state = model.state_dict()
+    old = in_old_names(state)
+    assert set(old) != set(state)
+    rename_old_weights(model, old)
+    assert set(old) == set(state) and all(torch.equal(old[name], state[name]) for name in state)
+    rename_old_weights(model, old)
+    assert set(old) == set(state)

@@ -1,12 +1,12 @@
 """Checkpoints of the published code's first version, in which some weights had other names."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["RenamesOldWeights"]
+__all__ = ["RenamesOldWeights", "rename_old_weights"]
 
 
 class RenamesOldWeights(nn.Module):
@@ -23,11 +23,16 @@ class RenamesOldWeights(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *args: Any
     ) -> None:
-        if local_metadata.get("version", 1) < self._version:
-            self._rename(state_dict, prefix)
+        self.rename(state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _rename(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+    def rename(self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]) -> None:
+        """Rename, in place, this module's weights in a state dict in which they begin with ``prefix``.
+
+        ``local_metadata`` is what the state dict says about this module: "version", if anything.
+        """
+        if local_metadata.get("version", 1) >= self._version:
+            return
         count = 0
         for name in [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]:
             new_name = self._new_name(name)
@@ -46,3 +51,14 @@ class RenamesOldWeights(nn.Module):
             if name.startswith(old):
                 return new + name.removeprefix(old)
         return name
+
+
+def rename_old_weights(model: nn.Module, state_dict: MutableMapping[str, Any]) -> None:
+    """Give the weights of ``model`` in a state dict their names of today, in place.
+
+    Loading does so too. This is for what compares names or shapes before, to skip those that don't fit.
+    """
+    metadata = getattr(state_dict, "_metadata", {})
+    for name, module in model.named_modules():
+        if isinstance(module, RenamesOldWeights):
+            module.rename(state_dict, f"{name}." if name else "", metadata.get(name, {}))
