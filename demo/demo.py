@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mask2former import model_zoo
 from mask2former.data import read_image
 from mask2former.data.panoptic_files import save_json, save_png
 from mask2former.drawing import OUTPUT_KINDS, Palette, Picture, draw
@@ -29,6 +30,10 @@ from mask2former.results import to_json
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHIPPED_CONFIG = REPOSITORY / "configs" / "quick" / "nuclei.yaml"
 SHIPPED_WEIGHTS = REPOSITORY / "demo" / "nuclei" / "model.safetensors"
+SHIPPED_MODEL = "nuclei"
+DEFAULT_MODEL = "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep"
+# Seconds that a server may take to answer before the shipped model is used instead.
+PATIENCE = 5.0
 DEFAULT_OUTPUT = "output"
 
 # What a video shows, where the model gives several outputs: the first of these.
@@ -37,11 +42,14 @@ ESCAPE = 27
 WINDOW = "Mask2Former"
 
 EPILOG = """examples:
-  python demo/demo.py --input cells.png
-      the shipped model, which finds nuclei
-  python demo/demo.py --input a.jpg b.png 'holiday/*.jpg' --output out/ --weights model.pth \\
-      --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml
+  python demo/demo.py --input a.jpg b.png 'holiday/*.jpg' --output out/
+      everyday pictures: things and background of COCO; the first time, the model is downloaded
+  python demo/demo.py --input street.jpg --model cityscapes/panoptic-segmentation/maskformer2_R50_bs16_90k
+      another published model; MODEL_ZOO.md lists them
+  python demo/demo.py --input cells.png --model nuclei
+      the shipped model, which finds cell nuclei in microscopy pictures
   python demo/demo.py --video-input street.mp4 --config-file F --weights F --output out/
+      a model of your own
 
 Each picture NAME gives NAME_instances.png, NAME_panoptic.png and NAME_semantic.png, as far as the model has these
 outputs, and NAME.json with class, score, area, box and mask (run lengths, as COCO has them) of every segment.
@@ -74,10 +82,17 @@ def _parse_arguments() -> argparse.Namespace:
     source.add_argument("--input", nargs="+", metavar="PATH", help="pictures, folders of pictures, or quoted patterns")
     source.add_argument("--video-input", metavar="FILE", help="a video that OpenCV can read")
     source.add_argument("--webcam", action="store_true", help="the first camera; stop with Escape, q or Ctrl-C")
-    parser.add_argument(
-        "--config-file", metavar="FILE", help="recipe, YAML or LazyConfig (.py); default: the shipped nuclei model"
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"a model of the zoo, downloaded when it isn't there yet, or '{SHIPPED_MODEL}', which is shipped; "
+        f"default: {DEFAULT_MODEL}, or the shipped one where that can't be had",
     )
-    parser.add_argument("--weights", metavar="FILE", help="the trained model; default: the recipe's MODEL.WEIGHTS")
+    model.add_argument("--config-file", metavar="FILE", help="in place of a name: recipe, YAML or LazyConfig (.py)")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the trained model, also mask2former://NAME; default: those of the model"
+    )
     parser.add_argument(
         "--output",
         metavar="FOLDER",
@@ -104,15 +119,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _make_predictor(args: argparse.Namespace) -> Predictor:
-    config, weights = args.config_file, args.weights
-    if config is None:
-        config = SHIPPED_CONFIG
-        if weights is None and "MODEL.WEIGHTS" not in args.opts:
-            weights = SHIPPED_WEIGHTS
-            print(
-                f"no --config-file: using the shipped model, {os.path.relpath(weights)}, which segments cell nuclei "
-                "in microscopy pictures; for other pictures give --config-file and --weights, see demo/README.md"
-            )
+    config, weights = _find_model(args)
     return Predictor(
         config,
         weights,
@@ -120,6 +127,36 @@ def _make_predictor(args: argparse.Namespace) -> Predictor:
         options=args.opts,
         confidence_threshold=args.confidence_threshold,
     )
+
+
+def _find_model(args: argparse.Namespace) -> tuple[str | Path, str | Path | None]:
+    """The recipe, and the weights, if not the recipe's own, of the model that the command names."""
+    if args.config_file is not None:
+        return args.config_file, args.weights
+    named = args.weights is not None or "MODEL.WEIGHTS" in args.opts
+    if args.model == SHIPPED_MODEL or (args.model is None and named):
+        return SHIPPED_CONFIG, args.weights if named else SHIPPED_WEIGHTS
+    if args.model is not None:
+        config = model_zoo.config_file(args.model)
+        return config, args.weights if named else model_zoo.download_weights(args.model)
+    return _choose_model()
+
+
+def _choose_model() -> tuple[Path, Path]:
+    """COCO's model where it can be had, else the shipped one; a line says which and why."""
+    try:
+        weights = model_zoo.download_weights(DEFAULT_MODEL, timeout=PATIENCE, tries=1)
+    except UserError as error:
+        print(
+            f"no model named: using the shipped one, {os.path.relpath(SHIPPED_WEIGHTS)}, which segments cell nuclei in "
+            f"microscopy pictures, since the model for everyday pictures can't be had: {error}"
+        )
+        return SHIPPED_CONFIG, SHIPPED_WEIGHTS
+    print(
+        f"no model named: using {DEFAULT_MODEL} of the model zoo ({weights}), which segments everyday pictures; "
+        "others are in MODEL_ZOO.md"
+    )
+    return model_zoo.config_file(DEFAULT_MODEL), weights
 
 
 # ---------------------------------------------------------------------------------------------- pictures

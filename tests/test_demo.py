@@ -1,10 +1,15 @@
 """The demo commands, as a user runs them, with the real model made small."""
 
+import dataclasses
+import functools
+import hashlib
+import http.server
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -20,6 +25,7 @@ from torch import tensor
 import mask2former.predictor
 from mask2former.data import read_image
 from mask2former.errors import UserError
+from mask2former.model_zoo import table
 
 KINDS = ("instances", "panoptic", "semantic")
 
@@ -140,15 +146,84 @@ def test_ctrl_c_keeps_what_is_done(demo, tmp_path, monkeypatch):
     assert names_in(tmp_path / "out") == files_of("a")
 
 
-def test_the_shipped_model_is_the_default_and_says_so(demo, tiny, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def zoo(demo, tiny, monkeypatch, tmp_path):
+    """The tiny model in place of the shipped one and, once published, of the COCO model of the zoo."""
     monkeypatch.setattr(demo.module, "SHIPPED_CONFIG", tiny[0])
     monkeypatch.setattr(demo.module, "SHIPPED_WEIGHTS", tiny[1])
+    monkeypatch.setattr(table.Entry, "config_file", tiny[0])
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     save_picture(tmp_path / "a.png")
+    content = tiny[1].read_bytes()
+    file = f"tiny_{hashlib.md5(content).hexdigest()[:6]}.safetensors"
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / file).write_bytes(content)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "server")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    url = f"http://127.0.0.1:{server.server_port}/{file}"
+    entries = [dataclasses.replace(entry, url=url) for entry in table.entries()]
+    monkeypatch.setattr(table, "entries", lambda: entries)
+    server.cached = tmp_path / "cache" / "mask2former" / demo.module.DEFAULT_MODEL / file
+    yield server
+    server.server_close()
+
+
+@pytest.fixture
+def zoo_online(zoo):
+    thread = threading.Thread(target=zoo.serve_forever, args=(0.01,))
+    thread.start()
+    yield zoo
+    zoo.shutdown()
+    thread.join()
+
+
+def test_the_zoos_model_is_the_default_and_says_so(demo, zoo_online, tmp_path, capsys):
     assert demo("--input", "a.png", model=()) == 0
     printed = capsys.readouterr().out
-    assert "shipped model" in printed and "model.safetensors" in printed and "nuclei" in printed
+    assert f"no model named: using {demo.module.DEFAULT_MODEL} of the model zoo ({zoo_online.cached})" in printed
     assert "no screen" in printed
+    assert zoo_online.cached.is_file()
     assert names_in(tmp_path / "output") == files_of("a")
+
+
+def test_a_model_in_the_cache_needs_no_network(demo, zoo, tiny, tmp_path, capsys):
+    zoo.cached.parent.mkdir(parents=True)
+    zoo.cached.write_bytes(tiny[1].read_bytes())
+    zoo.server_close()
+    assert demo("--input", "a.png", model=()) == 0
+    assert f"using {demo.module.DEFAULT_MODEL}" in capsys.readouterr().out
+
+
+def test_the_shipped_model_steps_in_without_a_network(demo, zoo, tmp_path, capsys):
+    zoo.server_close()
+    assert demo("--input", "a.png", model=()) == 0
+    printed = capsys.readouterr().out
+    assert "no model named: using the shipped one" in printed and "model.safetensors" in printed
+    assert "nuclei" in printed and "connection refused" in printed
+    assert names_in(tmp_path / "output") == files_of("a")
+
+
+def test_models_by_name(demo, zoo_online, tmp_path, capsys):
+    for name in ("ade20k/panoptic-segmentation/maskformer2_R50_bs16_160k", "nuclei"):
+        assert demo("--input", "a.png", "--output", name, model=("--model", name)) == 0
+        assert names_in(tmp_path / name) == files_of("a")
+        assert "no model named" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="no model 'nuclej'"):
+        demo("--input", "a.png", model=("--model", "nuclej"))
+    with pytest.raises(UserError, match="videos"):
+        demo("--input", "a.png", model=("--model", "youtubevis_2019/video_maskformer2_R50_bs16_8ep"))
+    with pytest.raises(SystemExit):
+        demo("--input", "a.png", "--model", "nuclei")  # and --config-file
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_weights_without_a_recipe_are_those_of_the_shipped_one(demo, zoo, tiny, tmp_path):
+    zoo.server_close()
+    assert demo("--input", "a.png", "--output", "out", model=("--weights", str(tiny[1]))) == 0
+    model = ("--model", demo.module.DEFAULT_MODEL, "--opts", "MODEL.WEIGHTS", str(tiny[1]))
+    assert demo("--input", "a.png", "--output", "out", model=model) == 0
 
 
 @pytest.mark.parametrize(
