@@ -176,7 +176,7 @@ class D2SwinTransformer(Backbone):
             output, x = layer(x)
             maps.append(output)
         return {
-            name: self.get_submodule(f"norm{stage}")(maps[stage]).permute(0, 3, 1, 2).contiguous()
+            name: getattr(self, f"norm{stage}")(maps[stage]).permute(0, 3, 1, 2).contiguous()
             for name, stage in self._stage_of.items()
         }
 
@@ -352,7 +352,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Map windows (B*D, N, C) to (B*D, N, C), with ``mask`` (D, N, N) added to the logits of all heads."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B*D, M, N, C/M)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]  # (1, M, N, N)
+        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, M)
+        bias = bias.permute(2, 0, 1)[None].contiguous()  # (1, M, N, N), contiguous: fused kernels ask for it
         if mask is not None:
             bias = bias + mask[:, None]  # (D, M, N, N)
             bias = bias.expand(len(x) // len(mask), -1, -1, -1, -1).flatten(0, 1)  # (B*D, M, N, N)
