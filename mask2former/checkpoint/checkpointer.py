@@ -1,9 +1,10 @@
 """Detectron2's checkpointer with safe reading and whole writing."""
 
+import logging
 import os
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import parse_qs, urlparse
 
 import numpy as np
 import torch
@@ -13,12 +14,16 @@ from iopath.common.file_io import PathHandler
 from torch import nn
 
 from ..errors import UserError
-from .files import read_checkpoint, replace_file
-from .names import from_efficientnet_pytorch, is_efficientnet_pytorch
+from .files import checkpoint_file, read_checkpoint, replace_file
+from .names import find_format
 
-__all__ = ["Checkpointer", "load_weights"]
+__all__ = ["Checkpointer", "load_weights", "read_model"]
 
 PACKAGE = "package://"
+# Buffers that every model makes by itself, whatever the checkpoint holds.
+COMPUTED = "relative_position_index"
+
+logger = logging.getLogger(__name__)
 
 
 class PackageHandler(PathHandler):
@@ -39,10 +44,14 @@ PathManager.register_handler(PackageHandler(), allow_override=True)
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Loads weights from any format that :func:`files.read_checkpoint` knows, and saves whole files only.
+    """Loads weights from any format that :func:`read_model` knows, and saves whole files only.
 
     Weights whose shapes differ from the model's are skipped and listed in the log, so that a model with
     other classes or another number of queries starts from what fits.
+
+    Detectron2's own ``DefaultPredictor`` and ``DefaultTrainer`` don't come here: their checkpointer unpickles
+    ``.pkl`` files without restrictions, and knows this package's names and Detectron2's alone. Give them what
+    ``tools/convert_checkpoint.py`` makes, as ``.pth``, and files that you trust.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -58,28 +67,26 @@ class Checkpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a file or an address.
+        """Load a file, an address, or a folder of Hugging Face's.
+
+        ``?matching_heuristics=True`` behind the path matches names that lack the prefix they have in the
+        model, as in Detectron2.
 
         Raises:
             UserError: if it can't be fetched or read, or fits this model nowhere.
         """
         if path:
-            _check_file(path)
+            path = _find(path)
         try:
             return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set when loading fails
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        content = read_checkpoint(filename)
-        if filename.endswith(".pkl") and "model" not in content:
-            weights = content.get("blobs", content)
-            weights = {name: value for name, value in weights.items() if not name.endswith("_momentum")}
-            content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-        elif is_efficientnet_pytorch(content):
-            content = from_efficientnet_pytorch(content, prefix="backbone.body.")
-        content = content if "model" in content else {"model": content}
-        _check_weights(filename, content["model"])
+        content = read_model(filename)
+        del content["left_out"]  # what stays here is handed on as the run's state
+        if self._parsed_url_during_load is not None and self._parsed_url_during_load.query:
+            content["matching_heuristics"] = True
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -87,23 +94,73 @@ class Checkpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise UserError(f"none of the checkpoint's {count} weights fits this model: is it of another model?")
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(COMPUTED)]
         return incompatible
 
 
-def _check_file(path: str) -> None:
+def _find(path: str) -> str:
+    """The path or address with the name of a file at its end, when that can be read."""
+    address, question, query = path.partition("?")
+    if question and parse_qs(query) != {"matching_heuristics": ["True"]}:
+        raise UserError(f"checkpoint {path}: all that may follow the '?' is matching_heuristics=True")
+    if not urlparse(address).scheme:
+        return f"{checkpoint_file(address)}{question}{query}"
     try:
-        local_path = PathManager.get_local_path(path) if urlparse(path).scheme else path
+        local_path = PathManager.get_local_path(address)
     except OSError as error:
-        raise UserError(f"{path} can't be fetched ({error}): set MODEL.WEIGHTS to a file") from error
+        raise UserError(f"{address} can't be fetched ({error}): set MODEL.WEIGHTS to a file") from error
     if not os.path.isfile(local_path):
-        raise UserError(f"checkpoint {path} does not exist: check MODEL.WEIGHTS")
+        raise UserError(f"checkpoint {address} does not exist: check MODEL.WEIGHTS")
+    return path
+
+
+def read_model(path: str) -> dict[str, Any]:
+    """Read a checkpoint of any kind with its weights' names turned into ours.
+
+    Known are this package's and the published model's checkpoints, Detectron2's and Detectron's, and
+    what ``names`` has a file for: Hugging Face's Mask2Former, Swin Transformer, torchvision's ResNets.
+
+    Returns:
+        What the file holds, its weights by name as "model". "matching_heuristics" is True where their names
+        begin inside the backbone, "__author__" is "Caffe2" where they are Detectron's, and "left_out" lists the
+        file's names that have no place here.
+
+    Raises:
+        UserError: see :func:`read_checkpoint`; or if there are no weights by name.
+    """
+    content = read_checkpoint(path)
+    if "model" not in content:
+        content = _from_detectron(content) if path.endswith(".pkl") else {"model": content}
+    _check_weights(path, content["model"])
+    if "__author__" in content:
+        logger.info("Weights by %s", content["__author__"])
+    return _in_our_names(content)
+
+
+def _from_detectron(content: dict[str, Any]) -> dict[str, Any]:
+    """Detectron's blobs, whose names Detectron2 converts when it loads them; or weights in any other names."""
+    weights = content.get("blobs", content)
+    if not isinstance(weights, dict) or find_format(weights):
+        return {"model": weights}
+    weights = {name: value for name, value in weights.items() if not str(name).endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _in_our_names(content: dict[str, Any]) -> dict[str, Any]:
+    found = find_format(content["model"])
+    if found is None:
+        return content | {"left_out": []}
+    weights, left_out = found.convert(content["model"])
+    unplaced = ", ".join(left_out) or "none"
+    logger.info("%s weights: %d got names of this model; without a place: %s", found.title, len(weights), unplaced)
+    return content | {"model": weights, "matching_heuristics": found.backbone_only, "left_out": left_out}
 
 
 def _check_weights(path: str, weights: Any) -> None:
     if not isinstance(weights, dict):
         raise UserError(f"checkpoint {path} must hold a dict of tensors, but holds a {type(weights).__name__}")
     for name, value in weights.items():
-        if not isinstance(value, torch.Tensor | np.ndarray):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray):
             raise UserError(
                 f"checkpoint {path} must hold tensors by name, alone or as 'model', but {name!r} is a "
                 f"{type(value).__name__}: save what holds the tensors"

@@ -1,77 +1,68 @@
 """Reading and writing checkpoint files. Reading builds tensors and plain containers, and runs no code of a file."""
 
+import mmap
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
+from .arrays import ARRAY_PARTS
+from .pickles import read_pickle
+from .torch_files import load_torch
 
-__all__ = ["read_checkpoint", "replace_file", "write_safetensors"]
+__all__ = ["HUGGING_FACE_FILES", "checkpoint_file", "read_checkpoint", "replace_file", "write_safetensors"]
 
-# NumPy's inner package, under version 1 and 2; a pickle names that of the version that wrote it.
-NUMPY_CORES = ("numpy.core.", "numpy._core.")
-NUMPY_CORE = NUMPY_CORES[int(np.__version__.partition(".")[0]) >= 2]
-# What a pickle of NumPy arrays names.
-PICKLE_GLOBALS = {
-    (f"{NUMPY_CORE}multiarray", "_reconstruct"),
-    (f"{NUMPY_CORE}multiarray", "scalar"),
-    (f"{NUMPY_CORE}numeric", "_frombuffer"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith(NUMPY_CORES):
-            module = NUMPY_CORE + module.rpartition(".")[2]
-        if (module, name) not in PICKLE_GLOBALS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an array")
-        return super().find_class(module, name)
+# What reading a broken file raises. A file that was cut or altered reaches nearly any line of pickle's, zipfile's,
+# torch's and NumPy's readers with nearly any value.
+BROKEN = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+# The files of a folder that Hugging Face's `save_pretrained` writes.
+HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
+LONGEST_REASON = 200
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """Read ``.safetensors``, ``.pkl`` (NumPy arrays) or a file of ``torch.save`` (any other name).
+    """Read ``.safetensors``, ``.pkl`` (NumPy arrays or torch tensors) or a file of ``torch.save`` (any other name).
+
+    Args:
+        path: the file, or a folder of Hugging Face's.
 
     Returns:
-        What the file holds; a ``.safetensors`` file as ``{"model": {name: tensor}}`` in float32.
+        What the file holds; a ``.safetensors`` file as ``{"model": {name: tensor}}`` with floating-point
+        tensors in float32.
 
     Raises:
         UserError: if the file is missing, is broken or cut short, or holds more than tensors, arrays and
             plain containers.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"checkpoint {path} does not exist")
+    path = checkpoint_file(path)
     try:
-        if path.endswith(".safetensors"):
-            return {"model": {name: tensor.float() for name, tensor in load_file(path).items()}}
-        if path.endswith(".pkl"):
-            with open(path, "rb") as file:
-                content = _ArrayUnpickler(file, encoding="latin1").load()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        EOFError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        SafetensorError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+        content = _read(path)
+    except BROKEN as error:
         raise UserError(
             f"checkpoint {path} ({os.path.getsize(path):,} bytes) can't be read: it is cut short, "
             f"or no checkpoint ({_reason(error)}). Get it again"
@@ -81,6 +72,32 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return content
 
 
+def checkpoint_file(path: str) -> str:
+    """The file that a path names: itself, or the weights in a folder of Hugging Face's.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        raise UserError(f"checkpoint {path} does not exist: check MODEL.WEIGHTS")
+    for name in HUGGING_FACE_FILES:
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    raise UserError(f"checkpoint {path} is a folder without {' or '.join(HUGGING_FACE_FILES)}: name a file")
+
+
+def _read(path: str) -> Any:
+    if path.endswith(".safetensors"):
+        tensors = load_file(path).items()
+        return {"model": {name: value.float() if value.is_floating_point() else value for name, value in tensors}}
+    if path.endswith(".pkl"):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return read_pickle(cast(BinaryIO, content), ARRAY_PARTS)
+    return load_torch(path)
+
+
 def _reason(error: Exception) -> str:
     text = str(error).strip()
     refused = re.search(r"GLOBAL (\S+)", text)
@@ -88,16 +105,24 @@ def _reason(error: Exception) -> str:
         return f"it names {refused[1]}, which is no part of a tensor"
     if "weights_only" in text:  # torch goes on with advice to run the file's code
         return "it is no file of torch.save"
-    return text.splitlines()[0].split(". ")[0] if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    line = text.splitlines()[0].split(". ")[0][:LONGEST_REASON]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)  # a file's names may be in it
 
 
-def write_safetensors(state: Mapping[str, Tensor], path: str, dtype: torch.dtype = torch.float32) -> None:
+def write_safetensors(
+    state: Mapping[str, Tensor],
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write tensors, floating-point ones as ``dtype``; the file appears when it is whole."""
     tensors = OrderedDict(
         (name, (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous())
         for name, tensor in state.items()
     )
-    replace_file(path, lambda temporary: save_file(tensors, temporary))
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def replace_file(path: str, write: Any) -> None:

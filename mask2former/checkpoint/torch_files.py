@@ -1,0 +1,43 @@
+"""Files of ``torch.save``, read by torch's restricted unpickler."""
+
+import io
+import mmap
+import os
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+__all__ = ["load_torch"]
+
+ZIP_START = b"PK\x03\x04"
+# The file that makes torch take a zip file for a TorchScript program, which torch before 2.6 would run.
+PROGRAM = b"constants.pkl"
+
+
+def load_torch(source: str | bytes | bytearray) -> Any:
+    """Read a file of ``torch.save``, given by its path or as bytes, to the CPU.
+
+    Raises:
+        UnpicklingError: if it names anything but tensors and plain containers. What a broken file
+            raises besides is torch's matter: nearly anything.
+    """
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            if file.read(len(ZIP_START)) == ZIP_START:
+                _refuse_program(file.fileno())
+                return torch.load(source, map_location="cpu", weights_only=True)
+            file.seek(0)
+            source = file.read()
+    elif PROGRAM in source:
+        raise UnpicklingError("it is a TorchScript program")
+    # Of an older form. From memory, because torch before 2.6 reads archives of `tar` without its restrictions,
+    # and looks for them in files alone.
+    return torch.load(io.BytesIO(source), map_location="cpu", weights_only=True)
+
+
+def _refuse_program(descriptor: int) -> None:
+    """Names in a zip file are never compressed, so that a program can't hide from a search."""
+    with mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=mmap.ACCESS_READ) as content:
+        if content.find(PROGRAM) >= 0:
+            raise UnpicklingError("it is a TorchScript program")
