@@ -1,23 +1,16 @@
-"""Config files of both kinds: what is wrong with them is said in one line, and both make the same recipe."""
+"""Config files of both kinds: what is wrong with them is said in one line."""
 
-import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from detectron2.config import CfgNode, instantiate
-from detectron2.modeling import build_model
-from torch import nn
+from detectron2.config import instantiate
 
-from mask2former.data import build_mapper
-from mask2former.engine import Recipe, available_device, load_config, load_recipe
+from mask2former.engine import available_device, load_config, load_recipe
 from mask2former.errors import UserError
-from mask2former.evaluation import builder
 
 PANOPTIC = "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep"
-INSTANCE = "coco/instance-segmentation/maskformer2_R50_bs16_50ep"
 
 
 def error_of(path: Path, *options: str) -> str:
@@ -161,113 +154,3 @@ def test_missing_gpu_means_cpu_and_one_line(
             assert load_recipe(str(recipe), [option, "cuda"]).device == "cpu"
         assert [record.getMessage() for record in caplog.records] == ["no cuda device is available: running on the CPU"]
     assert available_device("cpu") == "cpu"
-
-
-def build_without_memory(recipe: Recipe) -> nn.Module:
-    """The recipe's model with shapes and no values."""
-    with torch.device("meta"):
-        if not isinstance(recipe.config, CfgNode):
-            return instantiate(recipe.config.model)
-        cfg = recipe.config.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = "meta"
-        return build_model(cfg)
-
-
-def settings(model: nn.Module) -> dict[str, Any]:
-    """Class and plain attributes of every module."""
-    plain = (bool, int, float, str, tuple, list, dict, type(None))
-    return {
-        name: (
-            type(module),
-            {key: repr(value) for key, value in vars(module).items() if isinstance(value, plain) and key[0] != "_"},
-        )
-        for name, module in model.named_modules()
-    }
-
-
-@pytest.mark.parametrize("name", [PANOPTIC, INSTANCE])
-class TestLazyEqualsYaml:
-    @pytest.fixture
-    def recipes(self, repository: Path, name: str) -> tuple[Recipe, Recipe]:
-        yaml_path, lazy_path = repository / "configs" / f"{name}.yaml", repository / "configs" / "lazy" / f"{name}.py"
-        return load_recipe(str(yaml_path)), load_recipe(str(lazy_path))
-
-    @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-    def test_model_optimizer_and_schedule(self, recipes: tuple[Recipe, Recipe]) -> None:
-        first, second = (build_without_memory(recipe) for recipe in recipes)
-        shapes = [{name: tuple(x.shape) for name, x in model.state_dict().items()} for model in (first, second)]
-        assert len(shapes[0]) > 500
-        assert shapes[0] == shapes[1]
-        assert settings(first) == settings(second)
-        assert first.inference == second.inference
-        yaml, lazy = (recipe.config for recipe in recipes)
-        assert list(lazy.model.pixel_mean) == yaml.MODEL.PIXEL_MEAN
-        assert list(lazy.model.pixel_std) == yaml.MODEL.PIXEL_STD
-
-        rates, schedules = [], []
-        for recipe, model in zip(recipes, (first, second), strict=True):
-            optimizer = recipe.build_optimizer(model)
-            names = {parameter: name for name, parameter in model.named_parameters()}
-            of_parameters = {
-                names[p]: {key: value for key, value in group.items() if key != "params"}
-                for group in optimizer.param_groups
-                for p in group["params"]
-            }
-            schedule: list[float] = []
-            scheduler = recipe.build_scheduler(optimizer)
-            for step in [*range(0, recipe.max_iter, 21000), 5, 327777, 327778, 355092]:
-                scheduler.last_epoch = step - 1
-                scheduler.step()
-                schedule += [group["lr"] for group in optimizer.param_groups]
-            rates.append((type(optimizer), of_parameters))
-            schedules.append(schedule)
-        assert rates[0] == rates[1]
-        assert schedules[0] == pytest.approx(schedules[1], rel=1e-9)
-
-    def test_loop(self, recipes: tuple[Recipe, Recipe]) -> None:
-        first, second = (
-            {
-                field.name: getattr(recipe, field.name)
-                for field in dataclasses.fields(Recipe)
-                if field.name not in ("config", "test_sets") and not field.name.startswith("build_")
-            }
-            for recipe in recipes
-        )
-        assert first == second
-
-    def test_data(self, recipes: tuple[Recipe, Recipe]) -> None:
-        yaml, lazy = recipes[0].config, recipes[1].config.dataloader
-        for is_train, loader in ((True, lazy.train), (False, lazy.test)):
-            mappers = build_mapper(yaml, is_train), instantiate(loader.mapper)
-            assert repr(mappers[0].augmentations) == repr(mappers[1].augmentations)
-            for attribute in ("is_train", "image_format", "annotation_reader"):
-                assert getattr(mappers[0], attribute) == getattr(mappers[1], attribute)
-            assert loader.num_classes == yaml.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-            assert loader.num_workers == yaml.DATALOADER.NUM_WORKERS
-        assert ((lazy.train.dataset,), lazy.train.total_batch_size, lazy.train.seed) == (
-            yaml.DATASETS.TRAIN,
-            yaml.SOLVER.IMS_PER_BATCH,
-            yaml.SEED,
-        )
-        # Left at the loader's defaults by the LazyConfig.
-        assert yaml.DATALOADER.FILTER_EMPTY_ANNOTATIONS and yaml.DATALOADER.ASPECT_RATIO_GROUPING
-        assert [test_set.name for test_set in recipes[0].test_sets] == [lazy.test.dataset]
-
-    def test_evaluators(self, recipes: tuple[Recipe, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Which are built, with which arguments; their annotation files are not needed."""
-        made: list[tuple[Any, ...]] = []
-
-        def recorder(evaluator: Any) -> Any:
-            return lambda *arguments: made.append((evaluator, *arguments))
-
-        for kind, tasks in builder.EVALUATOR_TYPES.items():
-            replaced = tuple(dataclasses.replace(task, evaluator=recorder(task.evaluator)) for task in tasks)
-            monkeypatch.setitem(builder.EVALUATOR_TYPES, kind, replaced)
-        evaluators = []
-        for recipe in recipes:
-            made.clear()
-            for test_set in recipe.test_sets:
-                test_set.build_evaluator()
-            evaluators.append(list(made))
-        assert evaluators[0] and evaluators[0] == evaluators[1]

@@ -1,12 +1,16 @@
 """Every LazyConfig makes what the YAML recipe of the same path makes."""
 
 import dataclasses
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
+from PIL import Image
 from recipe_parts import (
     CONFIGS,
     build_without_memory,
@@ -19,6 +23,7 @@ from recipe_parts import (
 )
 from torch import nn
 
+from mask2former.data import build_mapper
 from mask2former.data import loader as loader_module
 from mask2former.engine import Recipe
 from mask2former.evaluation import builder
@@ -70,7 +75,9 @@ def test_model(recipes: Pair, models: tuple[nn.Module, nn.Module]) -> None:
     assert shapes[0] == shapes[1]
     assert describe_modules(first) == describe_modules(second)
     assert first.inference == second.inference
+    # These are values of buffers, which the meta device lacks.
     yaml, lazy = (recipe.config for recipe in recipes)
+    assert lazy.model.criterion.no_object_weight == yaml.MODEL.MASK_FORMER.NO_OBJECT_WEIGHT
     assert list(lazy.model.pixel_mean) == yaml.MODEL.PIXEL_MEAN
     assert list(lazy.model.pixel_std) == yaml.MODEL.PIXEL_STD
 
@@ -158,6 +165,7 @@ def loading(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         if function == "load_training_dicts":
             names = [arguments[0]] if isinstance(arguments[0], str) else list(arguments[0])
             arguments, options = names, {"filter_empty": True, **options}
+            options.pop("semantic_files", None)  # which files are looked for early, not what is read
         if "mapper" in options:
             values = dict(vars(options["mapper"]))
             values["augmentations"] = describe_augmentations(values["augmentations"].augs)
@@ -207,10 +215,31 @@ def test_number_of_classes_is_said_once() -> None:
     assert {model.criterion.num_classes, dataloader.train.num_classes, dataloader.test.num_classes} == {7}
 
 
-def test_other_lengths_keep_the_form_of_the_schedule(tmp_path: Path) -> None:
+def test_other_lengths_keep_the_form_of_the_schedule() -> None:
     for name in ("coco/instance-segmentation/maskformer2_R50_bs16_50ep", NAMES[0]):
         whole = load(f"lazy/{name}.py")
         short = load(f"lazy/{name}.py", "train.max_iter", "1000")
         shares = [0.0, 0.3, 0.85, 0.9, 0.95, 0.97, 0.999]
         rates = [schedule(recipe, [round(share * recipe.max_iter) for share in shares]) for recipe in (whole, short)]
         assert rates[0] == pytest.approx(rates[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("ade", "city")) and "R50" in name])
+def test_mappers_of_label_maps_make_the_same_sample(name: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
+    labels = generator.integers(0, 19, (9, 12), dtype=np.uint8).repeat(10, axis=0).repeat(10, axis=1)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    picture = {"file_name": str(tmp_path / "picture.png"), "sem_seg_file_name": str(tmp_path / "labels.png")}
+    samples = []
+    for mapper in (
+        build_mapper(load(f"{name}.yaml").config, True),
+        instantiate(load(f"lazy/{name}.py").config.dataloader.train.mapper),
+    ):
+        np.random.seed(0)
+        random.seed(0)
+        samples.append(mapper(picture))
+    assert samples[0]["image"].shape[0] == 3
+    assert len(samples[0]["instances"]) > 3
+    torch.testing.assert_close(samples[0]["image"], samples[1]["image"], rtol=0, atol=0)
+    torch.testing.assert_close(samples[0]["instances"].gt_masks, samples[1]["instances"].gt_masks, rtol=0, atol=0)
