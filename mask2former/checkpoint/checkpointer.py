@@ -132,8 +132,9 @@ def read_model(path: str) -> dict[str, Any]:
     if "model" not in content:
         content = _from_detectron(content) if path.endswith(".pkl") else {"model": content}
     _check_weights(path, content["model"])
-    if "__author__" in content:
-        logger.info("Weights by %s", content["__author__"])
+    author = content.get("__author__")
+    if isinstance(author, str):
+        logger.info("Weights by %s", author)
     return _in_our_names(content)
 
 
@@ -160,7 +161,9 @@ def _check_weights(path: str, weights: Any) -> None:
     if not isinstance(weights, dict):
         raise UserError(f"checkpoint {path} must hold a dict of tensors, but holds a {type(weights).__name__}")
     for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray):
+        if not isinstance(name, str):
+            raise UserError(f"checkpoint {path} must hold tensors by name, but one's name is a {type(name).__name__}")
+        if not isinstance(value, torch.Tensor | np.ndarray):
             raise UserError(
                 f"checkpoint {path} must hold tensors by name, alone or as 'model', but {name!r} is a "
                 f"{type(value).__name__}: save what holds the tensors"
