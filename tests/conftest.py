@@ -1,10 +1,13 @@
 """Fixtures shared by the tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from tiny_nuclei_model import one_thread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,3 +36,11 @@ def hugging_face() -> ModuleType:
     from transformers.models.mask2former import modeling_mask2former
 
     return modeling_mask2former
+
+
+@pytest.fixture
+def one_thread_and_seed() -> Iterator[None]:
+    """For tests of the small model: the same random numbers each time, and no threads to wait for."""
+    torch.manual_seed(0)
+    with one_thread():
+        yield
