@@ -50,7 +50,6 @@ TESTED_ELSEWHERE = {
     "DATASETS.TEST": "test_engine_train.py",
     "DATASETS.TRAIN": "test_engine_train.py",
     "MODEL.WEIGHTS": "test_engine_train.py",
-    "SOLVER.AMP.ENABLED": "test_engine_recipe.py",
     "TEST.AUG.MAX_SIZE": "test_tta.py",
     "TEST.AUG.MIN_SIZES": "test_tta.py",
     "TEST.EVAL_PERIOD": "test_engine_train.py",

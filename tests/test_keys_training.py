@@ -15,7 +15,7 @@ from tiny_nuclei_model import tiny_config
 from torch import nn
 
 from mask2former.data.mapper import MAPPERS, build_mapper
-from mask2former.engine import build_optimizer
+from mask2former.engine import build_optimizer, load_recipe
 from mask2former.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
@@ -66,6 +66,14 @@ def test_gradient_clipping(clip_type: str | None, expected: list[float]) -> None
         parameter.grad = torch.tensor([gradient])
     optimizer.step()
     assert [parameter.grad.item() for parameter in model] == pytest.approx(expected, rel=1e-4)
+
+
+@effect_of("SOLVER.AMP.ENABLED")
+def test_mixed_precision(repository: Path) -> None:
+    """The switch reaches the loop, which heeds it on CUDA devices."""
+    recipe = str(repository / "configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml")
+    assert load_recipe(recipe).amp
+    assert not load_recipe(recipe, ["SOLVER.AMP.ENABLED", "False"]).amp
 
 
 def test_polynomial_schedule() -> None:
