@@ -153,8 +153,8 @@ def _choose_model() -> tuple[Path, Path]:
         )
         return SHIPPED_CONFIG, SHIPPED_WEIGHTS
     print(
-        f"no model named: using {DEFAULT_MODEL} of the model zoo ({weights}), which segments everyday pictures; "
-        "others are in MODEL_ZOO.md"
+        f"no model named: using {DEFAULT_MODEL} of the model zoo ({weights}; licence: CC-BY-NC 4.0), which segments "
+        "everyday pictures; others are in MODEL_ZOO.md"
     )
     return model_zoo.config_file(DEFAULT_MODEL), weights
 

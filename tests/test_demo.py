@@ -182,7 +182,7 @@ def zoo_online(zoo):
 def test_the_zoos_model_is_the_default_and_says_so(demo, zoo_online, tmp_path, capsys):
     assert demo("--input", "a.png", model=()) == 0
     printed = capsys.readouterr().out
-    assert f"no model named: using {demo.module.DEFAULT_MODEL} of the model zoo ({zoo_online.cached})" in printed
+    assert f"no model named: using {demo.module.DEFAULT_MODEL} of the model zoo ({zoo_online.cached}; " in printed
     assert "no screen" in printed
     assert zoo_online.cached.is_file()
     assert names_in(tmp_path / "output") == files_of("a")

@@ -17,7 +17,8 @@ authors, with their code. Each backbone's name leads to the recipe.
 **The weights are licensed under [CC-BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): not for commercial
 use.** This project neither holds nor changes them; its own licence, Apache-2.0, covers the code.
 
-An address, `mask2former://` and a name, stands wherever Detectron2 takes a file of weights. A name is enough for the
+An address, `mask2former://` and a name, stands wherever Detectron2 takes a file of weights. (The files are pickles, which
+can run code when Detectron2's `DefaultPredictor` loads them. What is here reads arrays alone.) A name is enough for the
 commands and in Python:
 
 ```bash

@@ -152,9 +152,9 @@ def _extent(response: http.client.HTTPResponse, beginning: int) -> tuple[int, in
     if response.status != http.client.PARTIAL_CONTENT:
         return 0, int(length) if length else None
     extent = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if extent is None or int(extent[1]) != beginning:
+    if extent is None or int(extent[1]) not in (0, beginning):
         raise _ConnectionFailed("the server sends another part of the file than asked for")
-    return beginning, None if extent[2] == "*" else int(extent[2])
+    return int(extent[1]), None if extent[2] == "*" else int(extent[2])
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
