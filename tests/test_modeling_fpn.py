@@ -183,6 +183,7 @@ COMBINATIONS = [
 def config_of(pixel_decoder: str, decoder: str, source: str) -> Any:
     cfg = tiny_config()
     cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = pixel_decoder
+    cfg.MODEL.SEM_SEG_HEAD.MASK_DIM = 24  # unlike all other widths
     cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME = decoder
     cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = source
     return cfg
