@@ -110,13 +110,17 @@ def draw(
 def draw_instances(
     image: Picture, instances: Instances, metadata: Metadata, *, palette: Palette | None = None, labels: bool = True
 ) -> Picture:
-    """Paint each instance in a colour of its own, the large ones first, with class and score. As :func:`draw`."""
+    """Paint each instance in a colour of its own, the large ones first, with class and, if it has one, score.
+
+    As :func:`draw`.
+    """
     classes, canvas = Classes.of(metadata), _Canvas(image)
     regions = instance_regions(instances)
     colors = (palette or Palette()).for_objects(regions)
     for index in sorted(range(len(regions)), key=lambda index: -regions[index].area):
-        name, score = classes.name(int(instances.pred_classes[index])), float(instances.scores[index])
-        canvas.paint_object(regions[index], colors[index], f"{name} {score:.0%}", name)
+        name = classes.name(int(instances.pred_classes[index]))
+        text = f"{name} {float(instances.scores[index]):.0%}" if instances.has("scores") else name
+        canvas.paint_object(regions[index], colors[index], text, name)
     return canvas.finish(labels)
 
 
@@ -145,10 +149,18 @@ def draw_panoptic(
     return canvas.finish(labels)
 
 
-def draw_semantic(image: Picture, class_ids: Labels, metadata: Metadata, *, labels: bool = True) -> Picture:
-    """Paint each pixel in the colour of its class. ``class_ids`` (H, W) are contiguous. As :func:`draw`."""
+def draw_semantic(
+    image: Picture, class_ids: Labels, metadata: Metadata, *, labels: bool = True, ignore_label: int | None = None
+) -> Picture:
+    """Paint each pixel in the colour of its class. As :func:`draw`.
+
+    Args:
+        class_ids: (H, W), contiguous, none negative.
+        ignore_label: pixels with this in place of a class stay as they are.
+    """
     canvas = _Canvas(image)
-    canvas.paint_labels(class_ids, {int(i): int(i) for i in _present(class_ids)}, Classes.of(metadata), Palette())
+    painted = {int(i): int(i) for i in _present(class_ids) if i != ignore_label}
+    canvas.paint_labels(class_ids, painted, Classes.of(metadata), Palette())
     return canvas.finish(labels)
 
 
