@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from ..errors import UserError
 from .truth import reading
 
-__all__ = ["InstanceSegEvaluator"]
+__all__ = ["InstanceSegEvaluator", "complete_truth", "load_results"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class InstanceSegEvaluator(COCOEvaluator):
                 allow_cached_coco=False,
             )
         if self._do_evaluation:
-            _complete(self._coco_api)
+            complete_truth(self._coco_api)
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Take in a batch: ``outputs[i]["instances"]``, on any device.
@@ -124,7 +124,7 @@ class InstanceSegEvaluator(COCOEvaluator):
     def _evaluate_task(self, results: list[Result], task: str, img_ids: list[int] | None) -> COCOeval:
         # With a box present COCO takes its area for the instance's; small, medium and large go by the mask's.
         dropped = {"bbox"} if task == "segm" else set()
-        detections = _load_results(self._coco_api, [_without(result, dropped) for result in results])
+        detections = load_results(self._coco_api, [_without(result, dropped) for result in results])
         implementation = COCOeval_opt if self._use_fast_impl else COCOeval
         if self._max_dets_per_image[2] != 100:  # COCOeval's summary knows no other limit
             implementation = COCOevalMaxDets
@@ -170,7 +170,7 @@ class InstanceSegEvaluator(COCOEvaluator):
         return names
 
 
-def _complete(coco: COCO) -> None:
+def complete_truth(coco: COCO) -> None:
     """Add to ground truth what COCO's evaluation reads and hand-made files lack, in place.
 
     Ids are numbered anew: COCOeval takes an annotation with id 0 for "no match".
@@ -217,7 +217,7 @@ def _without(result: Result, keys: set[str]) -> Result:
     return {key: value for key, value in result.items() if key not in keys}
 
 
-def _load_results(truth: COCO, results: list[Result]) -> COCO:
+def load_results(truth: COCO, results: list[Result]) -> COCO:
     """``truth.loadRes``, which fails on an empty list, for any number of results."""
     with contextlib.redirect_stdout(io.StringIO()):
         if results:
