@@ -5,6 +5,7 @@ It is a second opinion on the whole network too.
 
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from reference_weights import load_reference_weights, reference_image
 from torch import Tensor, nn
 
@@ -51,8 +53,6 @@ def run(convert: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str | 
 
 
 def our_model(repository: Path, backbone: str) -> nn.Module:
-    from detectron2.modeling import build_model
-
     path, options = RECIPES[backbone]
     return build_model(load_config(str(repository / path), [*SMALL_HEAD, *options])).eval()
 
@@ -105,6 +105,24 @@ def test_their_folder_is_loaded(repository: Path, hugging_face: ModuleType, tmp_
     ours = our_model(repository, backbone)
     load_weights(ours, str(tmp_path))
     assert_same_logits(ours, theirs)
+
+
+def test_their_weights_for_other_classes_and_queries(
+    repository: Path, hugging_face: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    their_model(hugging_face, "resnet").save_pretrained(tmp_path)
+    path, options = RECIPES["resnet"]
+    other = ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "9"]
+    ours = build_model(load_config(str(repository / path), [*SMALL_HEAD, *options, *other]))
+    with caplog.at_level(logging.WARNING):
+        load_weights(ours, str(tmp_path))
+    for name, theirs, own in [
+        ("class_embed.weight", "(134, 256)", "(4, 256)"),
+        ("query_feat.weight", "(20, 256)", "(9, 256)"),
+    ]:
+        (line,) = [record.message for record in caplog.records if f"predictor.{name}'" in record.message]
+        assert theirs in line and own in line
+    assert (ours.backbone.stem.conv1.norm.running_var == 1).all()
 
 
 @BACKBONES
@@ -173,11 +191,16 @@ def test_there_and_back(
     assert json.loads((tmp_path / "again/config.json").read_text())["id2label"]["1"] == "LABEL_1"
 
 
-def test_what_hugging_face_has_no_place_for(tmp_path: Path) -> None:
+def test_what_hugging_face_has_no_place_for(repository: Path, tmp_path: Path) -> None:
     def refused(weights: dict[str, Tensor], **settings: Any) -> str:
         with pytest.raises(UserError) as caught:
             write_hugging_face(weights, str(tmp_path / "folder"), **settings)
         assert not (tmp_path / "folder").exists()
         return str(caught.value)
 
+    weights = our_model(repository, "swin").state_dict()
     assert "no Mask2Former's" in refused({"sem_seg_head.predictor.weight": torch.ones(1)})
+    assert "no place for backbone.adapter.weight" in refused(weights | {"backbone.adapter.weight": torch.ones(1)})
+    assert "80 classes, but there are 2 class names" in refused(weights, class_names=["cell", "nucleus"])
+    head = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
+    assert "backbone is neither" in refused(head | {"backbone.stem.0.weight": torch.ones(1)})

@@ -23,6 +23,7 @@ from mask2former.errors import UserError, command
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ENDINGS = (".safetensors", ".pth")
 BACKBONE = "backbone."
+CLASSES = "sem_seg_head.predictor.class_embed.bias"
 
 
 def main() -> None:
@@ -41,14 +42,14 @@ def main() -> None:
     if args.to == "mask2former" and not args.output.endswith(ENDINGS):
         raise UserError(f"the output must end in {' or '.join(ENDINGS)}, but is {args.output}")
     weights = _read(args.input)
-    if args.to == "huggingface":
-        settings = _settings(args.config_file, len(weights.get("sem_seg_head.predictor.class_embed.bias", ())) - 1)
-        weights = write_hugging_face(weights, args.output, dtype=dtype, **settings)
-    elif args.output.endswith(".pth"):
-        state = {"model": {name: _cast(value, dtype) for name, value in weights.items()}}
-        replace_file(args.output, lambda temporary: torch.save(state, temporary))
-    else:
-        write_safetensors(weights, args.output, dtype)
+    try:
+        if args.to == "huggingface":
+            settings = _settings(args.config_file, len(weights.get(CLASSES, ())) - 1)
+            weights = write_hugging_face(weights, args.output, dtype=dtype, **settings)
+        else:
+            _write(weights, args.output, dtype)
+    except OSError as error:
+        raise UserError(f"{args.output} can't be written: {error}") from error
     count = sum(value.numel() for value in weights.values())
     print(f"{args.output}: {len(weights)} tensors, {count / 1e6:.1f} M values, {_size(args.output) / 2**20:.1f} MiB")
 
@@ -69,6 +70,15 @@ def _read(path: str) -> dict[str, torch.Tensor]:
         name if name.startswith(prefix) else prefix + name: torch.as_tensor(value)
         for name, value in content["model"].items()
     }
+
+
+def _write(weights: dict[str, torch.Tensor], path: str, dtype: torch.dtype) -> None:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if path.endswith(".safetensors"):
+        write_safetensors(weights, path, dtype)
+        return
+    state = {"model": {name: _cast(value, dtype) for name, value in weights.items()}}
+    replace_file(path, lambda temporary: torch.save(state, temporary))
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

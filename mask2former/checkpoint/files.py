@@ -63,9 +63,12 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     try:
         content = _read(path)
     except BROKEN as error:
+        reason = _reason(error)
+        if reason.startswith("it names "):
+            raise UserError(f"checkpoint {path} is refused: {reason}. Nothing of it was run") from error
         raise UserError(
             f"checkpoint {path} ({os.path.getsize(path):,} bytes) can't be read: it is cut short, "
-            f"or no checkpoint ({_reason(error)}). Get it again"
+            f"or no checkpoint ({reason}). Get it again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} must hold a dict of tensors, but holds a {type(content).__name__}")
