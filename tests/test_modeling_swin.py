@@ -201,7 +201,9 @@ def test_maps_have_the_strides_and_channels_promised() -> None:
         "res2": ShapeSpec(channels=8, stride=2),
         "res4": ShapeSpec(channels=32, stride=8),
     }
-    assert {name: value.shape for name, value in backbone(picture(33, 50)).items()} == {
+    maps = backbone(picture(33, 50))
+    assert all(value.is_contiguous() for value in maps.values())
+    assert {name: value.shape for name, value in maps.items()} == {
         "res2": (2, 8, 17, 25),
         "res4": (2, 32, 5, 7),
     }
@@ -349,8 +351,13 @@ def test_keys_that_change_what_is_computed(key: str) -> None:
     changed.load_state_dict(plain.state_dict())
     assert not torch.equal(changed.train()(x)["res5"], plain.train()(x)["res5"])
     assert torch.equal(changed.eval()(x)["res5"], plain.eval()(x)["res5"]) == (key != "QK_SCALE")
-    chances = [module.p for module in changed.modules() if isinstance(module, nn.Dropout)]
-    assert set(chances) == {0.7 if key == "DROP_RATE" else 0.0}
+    dropouts = [module for module in changed.modules() if isinstance(module, nn.Dropout)]
+    assert {module.p for module in dropouts} == {0.7 if key == "DROP_RATE" else 0.0}
+    used = set()
+    for module in dropouts:
+        module.register_forward_hook(lambda module, *_: used.add(module))
+    changed(x)
+    assert used == set(dropouts)
 
 
 def test_key_that_turns_checkpointing_on() -> None:

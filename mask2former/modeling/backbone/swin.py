@@ -186,7 +186,7 @@ class D2SwinTransformer(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The last stage's stride in pixels: with such heights and widths no map but those of windows is padded."""
+        """The last stage's stride in pixels: every map of a picture with such sides is an exact fraction of it."""
         return self._size_divisibility
 
     def train(self, mode: bool = True) -> "D2SwinTransformer":
