@@ -17,8 +17,7 @@ authors, with their code. Each backbone's name leads to the recipe.
 **The weights are licensed under [CC-BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): not for commercial
 use.** This project neither holds nor changes them; its own licence, Apache-2.0, covers the code.
 
-An address, `mask2former://` and a name, stands wherever Detectron2 takes a file of weights. (The files are pickles, which
-can run code when Detectron2's `DefaultPredictor` loads them. What is here reads arrays alone.) A name is enough for the
+An address, `mask2former://` and a name, stands wherever Detectron2 takes a file of weights. A name is enough for the
 commands and in Python:
 
 ```bash
@@ -38,6 +37,8 @@ outputs = predictor("street.jpg")
 The first use downloads the weights into `$FVCORE_CACHE`, or else `~/.torch/iopath_cache`, where Detectron2 keeps its
 downloads too. A cut download goes on where it ended, and a file gets its name when its MD5 hash is checked, whose first
 six digits are in the name. For a machine without a network, put the file there by hand: `mask2former/<name>/<file>`.
+
+The files are pickles. What is here reads arrays alone from them; Detectron2's `DefaultPredictor` runs what code they hold.
 """
 VIDEO_NOTE = "Their recipes and the model for videos are not here yet."
 
