@@ -1,7 +1,9 @@
 """Fixtures shared by the tests."""
 
+import importlib.util
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +27,23 @@ def shared_data() -> Path:
     if not (folder / "coco" / "annotations").is_dir():
         pytest.skip("needs COCO and nuclei pictures: set MASK2FORMER_SHARED_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def convert_checkpoint() -> Callable[..., None]:
+    """tools/convert_checkpoint.py, called with its arguments."""
+    path = REPOSITORY / "tools" / "convert_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: str | Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [path.name, *map(str, arguments)])
+            module.main()
+
+    return run
 
 
 @pytest.fixture(scope="session")

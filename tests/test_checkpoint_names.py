@@ -1,9 +1,7 @@
 """Weights with other projects' names, loaded by MODEL.WEIGHTS and converted by tools/convert_checkpoint.py."""
 
-import importlib.util
 import logging
 import pickle
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -27,22 +25,6 @@ SMALL_SWIN = [
     *("MODEL.SWIN.EMBED_DIM", "8", "MODEL.SWIN.NUM_HEADS", "[1, 2, 4, 8]", "MODEL.SWIN.DEPTHS", "[1, 1, 2, 1]"),
     *("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1", "MODEL.MASK_FORMER.DEC_LAYERS", "2"),
 ]
-
-
-@pytest.fixture(scope="module")
-def convert(repository: Path) -> Callable[..., None]:
-    """tools/convert_checkpoint.py with its arguments."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", repository / "tools/convert_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: str | Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
-            module.main()
-
-    return run
 
 
 def config(repository: Path, path: str, *options: str) -> Any:
@@ -222,13 +204,13 @@ def test_author_that_takes_forever_to_write_out(tmp_path: Path) -> None:
 def test_converted_swin_is_loaded_by_names_alone(
     repository: Path,
     tmp_path: Path,
-    convert: Callable[..., None],
+    convert_checkpoint: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
     ending: str,
 ) -> None:
     weights = swin_weights(repository)
     torch.save({"model": weights}, tmp_path / "swin.pth")
-    convert(tmp_path / "swin.pth", tmp_path / f"ours{ending}")
+    convert_checkpoint(tmp_path / "swin.pth", tmp_path / f"ours{ending}")
     printed = capsys.readouterr().out
     assert "left out" in printed and "head.weight" in printed and f"{len(weights) - 5} tensors" in printed
     content = read_model(str(tmp_path / f"ours{ending}"))
@@ -238,13 +220,15 @@ def test_converted_swin_is_loaded_by_names_alone(
         torch.testing.assert_close(value, weights[name.removeprefix("backbone.")], atol=0, rtol=0)
 
 
-def test_detectron2_reads_what_is_converted(repository: Path, tmp_path: Path, convert: Callable[..., None]) -> None:
+def test_detectron2_reads_what_is_converted(
+    repository: Path, tmp_path: Path, convert_checkpoint: Callable[..., None]
+) -> None:
     """DefaultPredictor's checkpointer is Detectron2's own."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     source = torchvision_model()
     torch.save(source.state_dict(), tmp_path / "r50.pth")
-    convert(tmp_path / "r50.pth", tmp_path / "converted.pth")
+    convert_checkpoint(tmp_path / "r50.pth", tmp_path / "converted.pth")
     model: Any = with_backbone(config(repository, RESNET))
     DetectionCheckpointer(model).load(str(tmp_path / "converted.pth"))
     torch.testing.assert_close(model["backbone"].stem.conv1.weight, source.state_dict()["conv1.weight"])
@@ -252,10 +236,10 @@ def test_detectron2_reads_what_is_converted(repository: Path, tmp_path: Path, co
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_halves(tmp_path: Path, convert: Callable[..., None], dtype: str, ending: str) -> None:
+def test_halves(tmp_path: Path, convert_checkpoint: Callable[..., None], dtype: str, ending: str) -> None:
     weights = {"weight": torch.rand(64, 64), "index": torch.arange(4)}
     torch.save({"model": weights}, tmp_path / "whole.pth")
-    convert(tmp_path / "whole.pth", tmp_path / f"half{ending}", "--dtype", dtype)
+    convert_checkpoint(tmp_path / "whole.pth", tmp_path / f"half{ending}", "--dtype", dtype)
     assert (tmp_path / f"half{ending}").stat().st_size < 0.7 * (tmp_path / "whole.pth").stat().st_size
     read = read_model(str(tmp_path / f"half{ending}"))["model"]
     torch.testing.assert_close(read["weight"].float(), weights["weight"], atol=4e-3, rtol=0)
@@ -274,17 +258,17 @@ def test_halves(tmp_path: Path, convert: Callable[..., None], dtype: str, ending
     ],
 )
 def test_what_the_command_refuses(
-    tmp_path: Path, convert: Callable[..., None], content: Any, arguments: list[str], message: str
+    tmp_path: Path, convert_checkpoint: Callable[..., None], content: Any, arguments: list[str], message: str
 ) -> None:
     torch.save(content, tmp_path / "in.pth")
     with pytest.raises(UserError, match=message):
-        convert(tmp_path / "in.pth", tmp_path / arguments[0], *arguments[1:])
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / arguments[0], *arguments[1:])
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
 def test_the_command_refuses_names_that_are_converted_while_loading(
-    tmp_path: Path, convert: Callable[..., None]
+    tmp_path: Path, convert_checkpoint: Callable[..., None]
 ) -> None:
     (tmp_path / "in.pkl").write_bytes(pickle.dumps({"conv1_w": np.ones((4, 3, 1, 1), np.float32)}))
     with pytest.raises(UserError, match="Detectron's names"):
-        convert(tmp_path / "in.pkl", tmp_path / "out.pth")
+        convert_checkpoint(tmp_path / "in.pkl", tmp_path / "out.pth")

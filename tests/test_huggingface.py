@@ -3,10 +3,9 @@
 It is a second opinion on the whole network too.
 """
 
-import importlib.util
 import json
 import logging
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,21 +34,6 @@ RECIPES = {
 }
 CLASSES = {"resnet": 133, "swin": 80}
 BACKBONES = pytest.mark.parametrize("backbone", ["resnet", "swin"])
-
-
-@pytest.fixture(scope="module")
-def convert(repository: Path) -> ModuleType:
-    """tools/convert_checkpoint.py."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", repository / "tools/convert_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(convert: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
-    convert.main()
 
 
 def our_model(repository: Path, backbone: str) -> nn.Module:
@@ -147,17 +131,14 @@ def test_our_checkpoint_becomes_their_folder(
     repository: Path,
     hugging_face: ModuleType,
     tmp_path: Path,
-    convert: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
+    convert_checkpoint: Callable[..., None],
     backbone: str,
 ) -> None:
     ours = our_model(repository, backbone)
     load_reference_weights(ours)
     checkpoint, folder = tmp_path / "model_final.pth", tmp_path / "folder"
     torch.save({"model": ours.state_dict()}, checkpoint)
-    run(
-        convert,
-        monkeypatch,
+    convert_checkpoint(
         checkpoint,
         folder,
         "--to",
@@ -175,16 +156,14 @@ def test_our_checkpoint_becomes_their_folder(
     assert processor["image_mean"] == pytest.approx([0.485, 0.456, 0.406])
 
 
-def test_there_and_back(
-    hugging_face: ModuleType, tmp_path: Path, convert: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_there_and_back(hugging_face: ModuleType, tmp_path: Path, convert_checkpoint: Callable[..., None]) -> None:
     """Their folder, our file, their folder: the same weights bit by bit, in either of our formats."""
     theirs = their_model(hugging_face, "resnet")
     load_reference_weights(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     for ending in (".pth", ".safetensors"):
-        run(convert, monkeypatch, tmp_path / "theirs", tmp_path / f"ours{ending}")
-        run(convert, monkeypatch, tmp_path / f"ours{ending}", tmp_path / "again", "--to", "huggingface")
+        convert_checkpoint(tmp_path / "theirs", tmp_path / f"ours{ending}")
+        convert_checkpoint(tmp_path / f"ours{ending}", tmp_path / "again", "--to", "huggingface")
         again = hugging_face.Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "again").state_dict()
         for name, value in theirs.state_dict().items():
             torch.testing.assert_close(again[name], value, atol=0, rtol=0)
