@@ -38,7 +38,7 @@ The first use downloads the weights into `$FVCORE_CACHE`, or else `~/.torch/iopa
 downloads too. A cut download goes on where it ended, and a file gets its name when its MD5 hash is checked, whose first
 six digits are in the name. For a machine without a network, put the file there by hand: `mask2former/<name>/<file>`.
 
-The files are pickles. What is here reads arrays alone from them; Detectron2's `DefaultPredictor` runs what code they hold.
+The files are pickles. What is here reads only arrays from them; Detectron2's `DefaultPredictor` runs any code in them.
 """
 VIDEO_NOTE = "Their recipes and the model for videos are not here yet."
 
