@@ -1,5 +1,6 @@
 """Which evaluators a data set gets; all of them together, in one process and in two."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,15 @@ from perfect_outputs import make_instances, perfect_panoptic, perfect_semantic
 from tiny_dataset import TinyNames, tiny_dataset
 
 from mask2former.errors import UserError
-from mask2former.evaluation import InstanceSegEvaluator, PanopticEvaluator, SemanticEvaluator, build_evaluator
+from mask2former.evaluation import (
+    CityscapesInstanceSegEvaluator,
+    CityscapesSemanticEvaluator,
+    InstanceSegEvaluator,
+    LVISInstanceEvaluator,
+    PanopticEvaluator,
+    SemanticEvaluator,
+    build_evaluator,
+)
 
 ALL_ON = {"semantic_on": True, "panoptic_on": True, "instance_on": True}
 ALL_OFF = dict.fromkeys(ALL_ON, False)
@@ -29,26 +38,38 @@ def kinds(evaluator: DatasetEvaluator) -> list[type]:
     return [type(e) for e in (evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator])]
 
 
-@pytest.mark.parametrize(
-    ("evaluator_type", "on", "expected"),
-    [
-        ("coco", ALL_ON, [InstanceSegEvaluator]),
-        ("sem_seg", ALL_ON, [SemanticEvaluator]),
-        ("coco_panoptic_seg", ALL_ON, [PanopticEvaluator, InstanceSegEvaluator, SemanticEvaluator]),
-        ("coco_panoptic_seg", ALL_OFF | {"panoptic_on": True}, [PanopticEvaluator]),
-        ("coco_panoptic_seg", ALL_OFF | {"instance_on": True}, [InstanceSegEvaluator]),
-        ("coco_panoptic_seg", ALL_ON | {"semantic_on": False}, [PanopticEvaluator, InstanceSegEvaluator]),
-    ],
-)
+# evaluator_type -> what semantic, panoptic and instance output is evaluated with; None: not at all.
+EVALUATORS: dict[str, tuple[type | None, type | None, type | None]] = {
+    "sem_seg": (SemanticEvaluator, None, None),
+    "coco": (None, None, InstanceSegEvaluator),
+    "lvis": (None, None, LVISInstanceEvaluator),
+    "coco_panoptic_seg": (SemanticEvaluator, PanopticEvaluator, InstanceSegEvaluator),
+    "ade20k_panoptic_seg": (SemanticEvaluator, PanopticEvaluator, InstanceSegEvaluator),
+    "mapillary_vistas_panoptic_seg": (SemanticEvaluator, PanopticEvaluator, InstanceSegEvaluator),
+    "cityscapes_instance": (None, None, CityscapesInstanceSegEvaluator),
+    "cityscapes_sem_seg": (CityscapesSemanticEvaluator, None, None),
+    "cityscapes_panoptic_seg": (CityscapesSemanticEvaluator, PanopticEvaluator, CityscapesInstanceSegEvaluator),
+}
+
+
+@pytest.mark.parametrize("evaluator_type", EVALUATORS)
+@pytest.mark.parametrize("switches", itertools.product((False, True), repeat=3))
 def test_evaluators_of_a_type(
-    tiny: TinyNames, tmp_path: Path, evaluator_type: str, on: dict[str, bool], expected: list[type]
+    tiny: TinyNames, tmp_path: Path, evaluator_type: str, switches: tuple[bool, bool, bool]
 ) -> None:
-    MetadataCatalog.get(tiny.panoptic).__dict__["evaluator_type"] = evaluator_type
-    assert kinds(build_evaluator(tiny.panoptic, str(tmp_path), **on)) == expected
+    MetadataCatalog.get(tiny.panoptic).__dict__.update(evaluator_type=evaluator_type, gt_dir=str(tmp_path))
+    on = dict(zip(("semantic_on", "panoptic_on", "instance_on"), switches, strict=True))
+    expected = {kind for kind, switch in zip(EVALUATORS[evaluator_type], switches, strict=True) if switch and kind}
+    if expected:
+        built = kinds(build_evaluator(tiny.panoptic, str(tmp_path), **on))
+        assert set(built) == expected and len(built) == len(expected)
+    else:
+        with pytest.raises(UserError, match="the model gives no output that it evaluates: set MODEL.MASK_FORMER.TEST"):
+            build_evaluator(tiny.panoptic, str(tmp_path), **on)
 
 
 def test_data_sets_that_do_not_fit(tiny: TinyNames) -> None:
-    known = r"\(known: sem_seg, coco, coco_panoptic_seg\)"
+    known = r"\(known: sem_seg, coco, .*cityscapes_panoptic_seg\)"
     with pytest.raises(UserError, match=r"'nowhere' is not registered: check DATASETS\.TEST"):
         build_evaluator("nowhere", None, **ALL_ON)
     with pytest.raises(UserError, match=rf"'tiny_instances' has evaluator_type 'coco' {known}.*INSTANCE_ON to True"):

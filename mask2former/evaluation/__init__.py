@@ -1,8 +1,18 @@
 """Detectron2 evaluators for semantic, instance and panoptic output."""
 
 from .builder import build_evaluator
+from .cityscapes import CityscapesInstanceSegEvaluator, CityscapesSemanticEvaluator
 from .instance import InstanceSegEvaluator
+from .lvis import LVISInstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator
 
-__all__ = ["InstanceSegEvaluator", "PanopticEvaluator", "SemanticEvaluator", "build_evaluator"]
+__all__ = [
+    "CityscapesInstanceSegEvaluator",
+    "CityscapesSemanticEvaluator",
+    "InstanceSegEvaluator",
+    "LVISInstanceEvaluator",
+    "PanopticEvaluator",
+    "SemanticEvaluator",
+    "build_evaluator",
+]

@@ -7,7 +7,9 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..errors import UserError
+from .cityscapes import CityscapesInstanceSegEvaluator, CityscapesSemanticEvaluator
 from .instance import InstanceSegEvaluator
+from .lvis import LVISInstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator
 
@@ -37,12 +39,24 @@ PANOPTIC = Task(
         "stuff_dataset_id_to_contiguous_id",
     ),
 )
+INSTANCE_OF_LVIS = Task("INSTANCE", LVISInstanceEvaluator, ("json_file",))
+# Cityscapes' tools judge files in a temporary folder of their own; nothing is kept.
+INSTANCE_OF_CITYSCAPES = Task(
+    "INSTANCE", lambda name, _: CityscapesInstanceSegEvaluator(name), ("thing_classes", "gt_dir")
+)
+SEMANTIC_OF_CITYSCAPES = Task("SEMANTIC", lambda name, _: CityscapesSemanticEvaluator(name), ("gt_dir",))
 
 # The metadata's evaluator_type -> the tasks that the data set has ground truth for.
 EVALUATOR_TYPES: dict[str, tuple[Task, ...]] = {
     "sem_seg": (SEMANTIC,),
     "coco": (INSTANCE,),
+    "lvis": (INSTANCE_OF_LVIS,),
     "coco_panoptic_seg": (PANOPTIC, INSTANCE_OF_PANOPTIC, SEMANTIC),
+    "ade20k_panoptic_seg": (SEMANTIC, PANOPTIC, INSTANCE_OF_PANOPTIC),
+    "mapillary_vistas_panoptic_seg": (PANOPTIC, INSTANCE_OF_PANOPTIC, SEMANTIC),
+    "cityscapes_instance": (INSTANCE_OF_CITYSCAPES,),
+    "cityscapes_sem_seg": (SEMANTIC_OF_CITYSCAPES,),
+    "cityscapes_panoptic_seg": (PANOPTIC, SEMANTIC_OF_CITYSCAPES, INSTANCE_OF_CITYSCAPES),
 }
 
 

@@ -162,11 +162,15 @@ class InstanceSegEvaluator(COCOEvaluator):
         """Names of the JSON file's categories in the order of COCO's results, as the metadata calls them."""
         contiguous_ids = self._contiguous_ids()
         classes = self._metadata.get("thing_classes", [])
+        # Where stuff classes come in between, as in ADE20K, things are named in their order, without gaps.
+        if len(classes) == len(contiguous_ids):
+            places = {contiguous: place for place, contiguous in enumerate(sorted(contiguous_ids.values()))}
+        else:
+            places = {contiguous: contiguous for contiguous in contiguous_ids.values() if contiguous < len(classes)}
         names = []
         for category in sorted(self._coco_api.getCatIds()):
-            contiguous = contiguous_ids.get(category, len(classes))
-            known = contiguous < len(classes)
-            names.append(classes[contiguous] if known else self._coco_api.cats[category]["name"])
+            place = places.get(contiguous_ids.get(category, -1))
+            names.append(self._coco_api.cats[category]["name"] if place is None else classes[place])
         return names
 
 

@@ -157,18 +157,28 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(prediction["png_string"])
                 annotations.append({k: prediction[k] for k in ("image_id", "file_name", "segments_info")})
-            json_file = str(Path(self._output_dir or folder) / "predictions.json")
-            with PathManager.open(json_file, "w") as file:
-                json.dump({"images": self._images, "categories": self._categories, "annotations": annotations}, file)
-            truth = PathManager.get_local_path(self._metadata.panoptic_json)
+            if self._output_dir:
+                content = {"images": self._images, "categories": self._categories, "annotations": annotations}
+                with PathManager.open(f"{self._output_dir}/predictions.json", "w") as file:
+                    json.dump(content, file)
+            truth = read_json("panoptic annotations", self._metadata.panoptic_json)
             evaluation = PanopticEval(
-                truth,
-                PathManager.get_local_path(json_file),
+                self._numbered(truth["annotations"]),
+                self._numbered(annotations),
                 gt_folder=PathManager.get_local_path(self._metadata.panoptic_root),
                 pred_folder=folder,
             )
             evaluation.evaluate()
             return evaluation.results()
+
+    def _numbered(self, annotations: list[dict[str, Any]]) -> dict[str, Any]:
+        """COCO's panoptic format with numbers for ids of pictures: hotcoco takes no names, as in ADE20K, for them."""
+        numbers = {image_id: number for number, image_id in enumerate(self._truth_files)}
+        return {
+            "images": [{**image, "id": numbers[image["id"]]} for image in self._images if image["id"] in numbers],
+            "annotations": [{**annotation, "image_id": numbers[annotation["image_id"]]} for annotation in annotations],
+            "categories": self._categories,
+        }
 
 
 def _to_png(segment_ids: np.ndarray) -> bytes:
