@@ -1,5 +1,7 @@
 """The per-pixel baselines, in Detectron2's ``SemanticSegmentor``."""
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +11,12 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from published_keys import built_keys, published_keys
-from tiny_nuclei_model import tiny_config
+from test_engine_train import RECIPE
+from tiny_dataset import tiny_dataset
+from tiny_nuclei_model import one_thread, tiny_config
 from torch import Tensor, nn
 
+from mask2former.engine import load_recipe, train
 from mask2former.errors import UserError
 from mask2former.modeling import PerPixelBaselineHead, PerPixelBaselinePlusHead, StandardTransformerDecoder
 
@@ -79,6 +84,7 @@ def test_plus_trains_every_layer(deep_supervision: bool) -> None:
     layers, targets = [torch.randn(2, K, 8, 10) for _ in range(3)], labels()
     head = PerPixelBaselinePlusHead(
         SHAPES,
+        num_classes=K,
         pixel_decoder=Given(),
         transformer_predictor=Given(layers=layers),
         transformer_in_feature="res5",
@@ -102,6 +108,7 @@ def test_pixels_that_the_backbone_adds_have_no_loss() -> None:
     layers, targets = [torch.randn(2, K, 8, 10)], labels()[:, :30, :37]
     head = PerPixelBaselinePlusHead(
         SHAPES,
+        num_classes=K,
         pixel_decoder=Given(),
         transformer_predictor=Given(layers=layers),
         transformer_in_feature="res5",
@@ -206,8 +213,38 @@ def test_config_reaches_the_heads() -> None:
     assert (baseline.loss_weight, baseline.ignore_value, baseline.predictor.out_channels) == (3.0, IGNORED, K)
 
 
-def test_too_few_queries_are_named() -> None:
+def test_queries_other_than_classes_are_named(caplog: pytest.LogCaptureFixture) -> None:
     cfg = config("PerPixelBaselinePlusHead")
+    build_model(cfg)
+    assert "NUM_OBJECT_QUERIES" not in caplog.text
     cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = K - 1
+    with caplog.at_level(logging.WARNING):
+        model = build_model(cfg).train()
+    assert "NUM_OBJECT_QUERIES, 2, to MODEL.SEM_SEG_HEAD.NUM_CLASSES, 3" in caplog.text
     with pytest.raises(UserError, match="NUM_OBJECT_QUERIES, 2, to .*NUM_CLASSES, 3"):
-        build_model(cfg)
+        model([sample(64, 64)])
+
+
+@pytest.mark.parametrize("head", ["PerPixelBaselineHead", "PerPixelBaselinePlusHead"])
+def test_a_recipe_trains_and_evaluates(head: str, tmp_path: Path) -> None:
+    """From files: the semantic mapper's samples have what the head is trained with."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    options = {
+        "MODEL.META_ARCHITECTURE": "SemanticSegmentor",
+        "MODEL.SEM_SEG_HEAD.NAME": head,
+        "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder",
+        "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "res5",
+        "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": "3",
+        "MODEL.MASK_FORMER.TEST.INSTANCE_ON": "False",
+        "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": "False",
+        "INPUT.DATASET_MAPPER_NAME": "mask_former_semantic",
+        "INPUT.MIN_SIZE_TRAIN": "(64,)",
+        "SOLVER.MAX_ITER": "2",
+        "SOLVER.STEPS": "()",
+        "OUTPUT_DIR": str(tmp_path / "output"),
+    }
+    (tmp_path / "output").mkdir()
+    with tiny_dataset(tmp_path / "data"), one_thread():
+        arguments = [word for option in options.items() for word in option]
+        results = train(load_recipe(str(tmp_path / "recipe.yaml"), arguments))
+    assert 0 <= results["sem_seg"]["mIoU"] <= 100

@@ -3,6 +3,7 @@
 Letters: ``B`` batch, ``C`` channels, ``K`` classes.
 """
 
+import logging
 from typing import Any
 
 import torch.nn.functional as F
@@ -140,6 +141,7 @@ class PerPixelBaselinePlusHead(PerPixelHead):
 
     Args:
         input_shape: channels and stride of each backbone feature used, by name.
+        num_classes: K.
         pixel_decoder: see :func:`pixel_decoder.build_pixel_decoder`.
         transformer_predictor: a ``StandardTransformerDecoder`` without class head, with K queries.
         transformer_in_feature: what it attends to, see ``MaskFormerHead``.
@@ -153,6 +155,7 @@ class PerPixelBaselinePlusHead(PerPixelHead):
         self,
         input_shape: dict[str, ShapeSpec],
         *,
+        num_classes: int,
         pixel_decoder: PixelDecoder,
         transformer_predictor: nn.Module,
         transformer_in_feature: str,
@@ -161,6 +164,7 @@ class PerPixelBaselinePlusHead(PerPixelHead):
         ignore_value: int = -1,
     ) -> None:
         super().__init__(input_shape, pixel_decoder, loss_weight, ignore_value)
+        self.num_classes = num_classes
         self.predictor = transformer_predictor
         self.transformer_in_feature = transformer_in_feature
         self.deep_supervision = deep_supervision
@@ -168,27 +172,39 @@ class PerPixelBaselinePlusHead(PerPixelHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         head, mask_former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
-        if mask_former.NUM_OBJECT_QUERIES < head.NUM_CLASSES:
-            raise UserError(
-                "PerPixelBaselinePlusHead has a query for each class: set MODEL.MASK_FORMER.NUM_OBJECT_QUERIES, "
-                f"{mask_former.NUM_OBJECT_QUERIES}, to MODEL.SEM_SEG_HEAD.NUM_CLASSES, {head.NUM_CLASSES}"
-            )
+        if mask_former.NUM_OBJECT_QUERIES != head.NUM_CLASSES:
+            logging.getLogger(__name__).warning(_query_for_each_class(mask_former.NUM_OBJECT_QUERIES, head.NUM_CLASSES))
         in_channels = transformer_in_channels(cfg, input_shape)
         return {
             **super().from_config(cfg, input_shape),
+            "num_classes": head.NUM_CLASSES,
             "transformer_predictor": StandardTransformerDecoder(cfg, in_channels, mask_classification=False),
             "transformer_in_feature": mask_former.TRANSFORMER_IN_FEATURE,
             "deep_supervision": mask_former.DEEP_SUPERVISION,
         }
 
     def predict(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """See ``PerPixelHead``: a prediction after each decoder layer."""
+        """See ``PerPixelHead``: a prediction after each decoder layer.
+
+        Raises:
+            UserError: in training, if there are fewer queries than classes.
+        """
         decoded = self.pixel_decoder.forward_features(features)
         source = transformer_input(self.transformer_in_feature, features, decoded)
         predictions = self.predictor(source, decoded[0])
+        num_queries = predictions["pred_masks"].shape[1]
+        if self.training and num_queries < self.num_classes:
+            raise UserError(_query_for_each_class(num_queries, self.num_classes))
         if not (self.training and self.deep_supervision):
             return [predictions["pred_masks"]]
         return [*(layer["pred_masks"] for layer in predictions["aux_outputs"]), predictions["pred_masks"]]
+
+
+def _query_for_each_class(num_queries: int, num_classes: int) -> str:
+    return (
+        "PerPixelBaselinePlusHead has a query for each class: set MODEL.MASK_FORMER.NUM_OBJECT_QUERIES, "
+        f"{num_queries}, to MODEL.SEM_SEG_HEAD.NUM_CLASSES, {num_classes}"
+    )
 
 
 def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
