@@ -126,6 +126,7 @@ def test_mistakes(tiny: TinyNames, visualize: Program, tmp_path: Path) -> None:
 
     assert "cannot read" in error("--input", str(tmp_path / "nowhere.json"))
     assert "--conf-threshold is 2.0" in error("--input", str(results), "--conf-threshold", "2")
+    assert "--max-pictures is 0, expected at least 1" in error("--input", str(results), "--max-pictures", "0")
     content = json.loads(results.read_text())
     for changed, message in (
         ([{**content[0], "image_id": 99}], "results for none of the pictures of data set 'tiny_instances'"),

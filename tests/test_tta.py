@@ -1,5 +1,6 @@
 """Test-time augmentation, against each augmentation made by hand with Pillow and torch, and in ``train_net.py``."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,23 +186,28 @@ def test_from_values_and_around_a_parallel_model(model: nn.Module, cfg: CfgNode)
 
 
 class Counting(nn.Module):
-    """A model that gives as scores how often it was called, in fresh memory, and remembers who still holds it."""
+    """A model whose scores say how often it was called; it notes how many of its earlier scores are still there."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.kept: list[int] = []
+        self._given: list[weakref.ref[torch.Tensor]] = []
 
     def forward(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        self.calls += 1
-        return [{"sem_seg": torch.full((1, 2, 2), float(self.calls))}]
+        self.kept.append(sum(scores() is not None for scores in self._given))
+        scores = torch.full((1, 2, 2), float(len(self.kept)))
+        self._given.append(weakref.ref(scores))
+        return [{"sem_seg": scores}]
 
 
-def test_an_own_mapper_gives_the_augmentations(cfg: CfgNode) -> None:
-    def three_times(sample: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{**sample, "transforms": TransformList([NoOpTransform()])} for _ in range(3)]
+def test_an_own_mapper_gives_the_versions_and_only_the_sum_is_kept(cfg: CfgNode) -> None:
+    def five_times(sample: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{**sample, "transforms": TransformList([NoOpTransform()])} for _ in range(5)]
 
-    scores = SemanticSegmentorWithTTA(cfg, Counting(), three_times)([make_sample()])[0]["sem_seg"]
-    assert torch.equal(scores, torch.full((1, 2, 2), 2.0))
+    counting = Counting()
+    scores = SemanticSegmentorWithTTA(cfg, counting, five_times)([make_sample()])[0]["sem_seg"]
+    assert torch.equal(scores, torch.full((1, 2, 2), 3.0))
+    assert counting.kept == [0, 1, 1, 1, 1]
 
 
 def test_mistakes(model: nn.Module, cfg: CfgNode) -> None:

@@ -71,7 +71,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="runs of each picture for the time; default: %(default)s"
     )
-    parser.add_argument("--depth", type=int, default=4, help="levels of modules in tables; default: %(default)s")
+    parser.add_argument(
+        "--depth", type=int, default=4, metavar="N", help="levels of modules in tables; default: %(default)s"
+    )
     parser.add_argument(
         "opts",
         nargs="*",

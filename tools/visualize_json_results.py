@@ -69,6 +69,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not 0 <= args.conf_threshold <= 1:
         raise UserError(f"--conf-threshold is {args.conf_threshold}, expected 0 to 1")
+    if args.max_pictures is not None and args.max_pictures < 1:
+        raise UserError(f"--max-pictures is {args.max_pictures}, expected at least 1")
     return args
 
 

@@ -99,22 +99,28 @@ class SemanticSegmentorWithTTA(nn.Module):
         return sample
 
     def _mean_scores(self, sample: Sample) -> Tensor:
-        """Memory holds the sum and the scores of one batch, however many augmentations there are."""
-        augmented = self.tta_mapper(sample)
+        """The mean over all versions; only the sum is kept while the model runs, however many they are."""
+        versions = self.tta_mapper(sample)
         total: Tensor | None = None
-        for batch in batches_of_equal_size(augmented, self.batch_size):
-            mirrored = [_is_mirrored(version.pop("transforms")) for version in batch]
-            for output, flip in zip(self.model(batch), mirrored, strict=True):
-                if "sem_seg" not in output:
-                    raise UserError(
-                        "test-time augmentation needs semantic scores ('sem_seg'), but the model gives "
-                        f"{', '.join(output) or 'nothing'}"
-                    )
-                scores = output["sem_seg"].flip(2) if flip else output["sem_seg"]
-                total = scores if total is None else total.add_(scores)
+        for batch in batches_of_equal_size(versions, self.batch_size):
+            total = self._add_scores(batch, total)
         if total is None:
             raise UserError("test-time augmentation got no version of the picture: TEST.AUG.MIN_SIZES is empty")
-        return total.div_(len(augmented))
+        return total.div_(len(versions))
+
+    def _add_scores(self, batch: list[Sample], total: Tensor | None) -> Tensor:
+        """``total`` and the scores of a batch of versions, turned back where they are mirrored."""
+        mirrored = [_is_mirrored(version.pop("transforms")) for version in batch]
+        for output, flip in zip(self.model(batch), mirrored, strict=True):
+            if "sem_seg" not in output:
+                raise UserError(
+                    "test-time augmentation needs semantic scores ('sem_seg'), but the model gives "
+                    f"{', '.join(output) or 'nothing'}"
+                )
+            scores = output["sem_seg"].flip(2) if flip else output["sem_seg"]
+            total = scores if total is None else total.add_(scores)
+        assert total is not None  # batches are not empty
+        return total
 
 
 @contextmanager
