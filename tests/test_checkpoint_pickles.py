@@ -210,6 +210,7 @@ def pickled_storage() -> Any:
     [
         (np.array([{}, "text"], dtype=object), "no numbers"),
         (np.array(["text"]), "no numbers"),
+        (np.zeros(2, np.longdouble), "no numbers"),
         (np.zeros(2, dtype=[("a", "f4")]), "array of"),
         (np.ma.masked_array([1]), "names numpy"),
         ({("a", "b"): 1}, "tuple as a key"),

@@ -91,6 +91,31 @@ def test_their_folder_is_loaded(repository: Path, hugging_face: ModuleType, tmp_
     assert_same_logits(ours, theirs)
 
 
+@BACKBONES
+def test_their_backbone_alone_is_loaded(
+    repository: Path, hugging_face: ModuleType, tmp_path: Path, backbone: str
+) -> None:
+    """A classifier of theirs starts the backbone: the same maps, but for the norms that a Swin has for each map."""
+    import transformers
+
+    settings = their_model(hugging_face, backbone).config.backbone_config
+    kind = transformers.SwinForImageClassification if backbone == "swin" else transformers.ResNetForImageClassification
+    classifier = kind(settings).eval()
+    load_reference_weights(classifier)
+    classifier.save_pretrained(tmp_path)
+    ours = our_model(repository, backbone)
+    load_weights(ours, str(tmp_path))
+    image = torch.from_numpy(reference_image(256, 288, seed=3)).float()[None] / 64 - 2
+    with torch.inference_mode():
+        reference = classifier.base_model(image).last_hidden_state  # (B, H*W, C) of a Swin, (B, C, H, W) of a ResNet
+        if backbone == "swin":
+            ours.backbone.norm3.load_state_dict(classifier.base_model.layernorm.state_dict())
+            reference = reference.transpose(1, 2).unflatten(2, (8, 9))
+        mine = ours.backbone(image)["res5"]
+    assert reference.std() > 0.1
+    assert ((mine - reference).abs() <= 1e-3).float().mean() >= 0.99
+
+
 def test_their_weights_for_other_classes_and_queries(
     repository: Path, hugging_face: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

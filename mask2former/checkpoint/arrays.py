@@ -23,15 +23,15 @@ __all__ = ["ARRAY_PARTS"]
 
 # NumPy's inner package under versions 1 and 2; a pickle names that of the version that wrote it.
 NUMPY_CORES = ("numpy.core", "numpy._core")
-# A type of numbers, as NumPy writes it: "f4", "<i8", "b1". Objects ("O"), text and records are none.
-NUMBERS = re.compile(r"[<>=|]?[biufc]\d{1,2}")
+# A type of numbers that torch has too, as NumPy writes it. Objects ("O8"), text and records are none.
+NUMBERS = re.compile(r"[<>=|]?(b1|u1|i[1248]|f[248])")
 
 MAX_DIMENSIONS = 64
 
 
 def _data_type(name: str, *_: Any) -> Unfinished:
     if not NUMBERS.fullmatch(name):
-        raise UnpicklingError(f"it has an array of {name!r}, which are no numbers")
+        raise UnpicklingError(f"it has an array of {name!r}, which are no numbers of torch")
     dtype = np.dtype(name)
     return Unfinished(lambda state: _with_byte_order(dtype, *state))
 

@@ -2,13 +2,13 @@
 
 from .efficientnet import EFFICIENTNET
 from .format import Format, Names, Weights
-from .huggingface import HUGGING_FACE, to_hugging_face
+from .huggingface import HUGGING_FACE, HUGGING_FACE_BACKBONE, to_hugging_face
 from .swin import SWIN
 from .torchvision import TORCHVISION_RESNET
 
 __all__ = ["Format", "Weights", "find_format", "to_hugging_face"]
 
-FORMATS = (HUGGING_FACE, SWIN, TORCHVISION_RESNET, EFFICIENTNET)
+FORMATS = (HUGGING_FACE, HUGGING_FACE_BACKBONE, SWIN, TORCHVISION_RESNET, EFFICIENTNET)
 
 
 def find_format(names: Names) -> Format | None:

@@ -18,6 +18,7 @@ EXPANDED_BLOCK = {
     "_project_conv": "conv_pwl",
     "_bn2": "bn3",
 }
+BLOCK = re.compile(r"_blocks\.(\d+)\.(\w+)\.(.+)")
 STEM = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
 
 
@@ -28,19 +29,20 @@ def _fits(names: Names) -> bool:
 def _convert(weights: Weights) -> tuple[Weights, list[str]]:
     """To names of timm's EfficientNet-B0 and Lite0, without the classifier."""
     stage_of = [(stage, index) for stage, depth in enumerate(STAGES) for index in range(depth)]
-    last = max(int(name.split(".")[1]) for name in weights if name.startswith("_blocks."))
+    last = max(int(match[1]) for match in map(BLOCK.match, weights) if match)
     if last + 1 != len(stage_of):
         raise UserError(f"weights of an EfficientNet with {last + 1} blocks: only those with {len(stage_of)} are known")
     renamed, left_out = {}, []
     for name, value in weights.items():
         module, _, rest = name.partition(".")
+        match = BLOCK.match(name)
+        expanded = match and f"_blocks.{match[1]}._expand_conv.weight" in weights
+        layers = EXPANDED_BLOCK if expanded else PLAIN_BLOCK
         if module in STEM:
             renamed[f"{PREFIX}{STEM[module]}.{rest}"] = value
-        elif match := re.match(r"(\d+)\.(\w+)\.(.+)", rest):
-            block, layer, leaf = int(match[1]), match[2], match[3]
-            stage, index = stage_of[block]
-            layers = EXPANDED_BLOCK if f"_blocks.{block}._expand_conv.weight" in weights else PLAIN_BLOCK
-            renamed[f"{PREFIX}blocks.{stage}.{index}.{layers[layer]}.{leaf}"] = value
+        elif match and match[2] in layers:
+            stage, index = stage_of[int(match[1])]
+            renamed[f"{PREFIX}blocks.{stage}.{index}.{layers[match[2]]}.{match[3]}"] = value
         else:
             left_out.append(name)
     return renamed, left_out

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from .format import Format, Names, Weights
 
-__all__ = ["HUGGING_FACE", "to_hugging_face"]
+__all__ = ["HUGGING_FACE", "HUGGING_FACE_BACKBONE", "to_hugging_face"]
 
 PIXELS = "sem_seg_head.pixel_decoder."
 QUERIES = "sem_seg_head.predictor."
@@ -101,6 +102,13 @@ IN_MEMORY = (
     (r"(\.blocks\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
 )
 
+# The prefixes of their Swin and ResNet alone, trained as classifiers, and a weight that each has.
+THEIR_BACKBONES = {
+    "swin.": "embeddings.patch_embeddings.projection.weight",
+    "resnet.": "embedder.embedder.convolution.weight",
+}
+PREFIX = r"^(swin|resnet)\."
+
 # Buffers that each side makes by itself.
 COMPUTED = ("relative_position_index", "num_batches_tracked")
 
@@ -138,12 +146,27 @@ def _convert(weights: Weights) -> tuple[Weights, list[str]]:
             parts.setdefault(ours, [None] * count)[index] = value
         elif not name.endswith(COMPUTED):
             left_out.append(name)
-    renamed = {
-        name: values[0] if len(values) == 1 else torch.cat([torch.as_tensor(value) for value in values])
-        for name, values in parts.items()
-        if all(value is not None for value in values)
-    }
-    return renamed, left_out
+    whole = {name: values for name, values in parts.items() if all(value is not None for value in values)}
+    return {name: _join(name, values) for name, values in whole.items()}, left_out
+
+
+def _join(name: str, values: list[Any]) -> Any:
+    if len(values) == 1:
+        return values[0]
+    shapes = [tuple(value.shape) for value in values]
+    if len(set(shapes)) > 1 or shapes[0] == ():
+        raise UserError(f"the parts of {name} must have one shape, but have {shapes}")
+    return torch.cat([torch.as_tensor(value) for value in values])
+
+
+def _fits_backbone(names: Names) -> bool:
+    return any(f"{prefix}{first}" in names for prefix, first in THEIR_BACKBONES.items())
+
+
+def _convert_backbone(weights: Weights) -> tuple[Weights, list[str]]:
+    inside = {name: re.sub(PREFIX, THEIR_BACKBONE, name) for name in weights}
+    renamed, _ = _convert({inside[name]: value for name, value in weights.items()})
+    return renamed, [name for name in weights if not name.endswith(COMPUTED) and _our_name(inside[name]) is None]
 
 
 def _our_name(name: str) -> tuple[str, int, int] | None:
@@ -183,4 +206,5 @@ def _their_names(name: str) -> list[str]:
     return []
 
 
+HUGGING_FACE_BACKBONE = Format("Hugging Face's backbone", _fits_backbone, _convert_backbone)
 HUGGING_FACE = Format("Hugging Face's Mask2Former", _fits, _convert)
