@@ -32,6 +32,48 @@ def lazy_recipe(repository: Path) -> Path:
     return repository / "configs" / "lazy" / f"{PANOPTIC}.py"
 
 
+SIZES = "VERSION: 2\nINPUT:\n  MIN_SIZE_TRAIN: !!python/object/apply:eval {}\n"
+
+
+class TestListsWrittenAsPython:
+    """As the published recipes write the sizes of training pictures."""
+
+    @pytest.mark.parametrize(
+        "text",
+        ["[int(x * 0.1 * 512) for x in range(5, 21)]", "[int(0.5 * x) for x in range(10)]", "[7 for _ in range(3)]"],
+    )
+    def test_equals_eval(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(SIZES.format(f'["{text}"]'))
+        assert list(load_config(str(path)).INPUT.MIN_SIZE_TRAIN) == eval(text)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "__import__('os').mkdir('ran')",
+            "[__import__('os').mkdir('ran') for x in range(3)]",
+            "[x for x in range(10**9)]",
+            "[x for x in range(1000000000)]",
+            "[int('1' * 9) for x in range(3)]",
+            "[x for x in [1, 2]]",
+            "[x if x else x for x in range(3)]",
+            "[x for x in range(3) if x]",
+            "[y for x in range(3)]",
+            "[x for x in range(3)",
+            "[int(1e999) for x in range(3)]",
+            "(" * 500,
+        ],
+    )
+    def test_no_code_is_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(SIZES.format(f'["{text}"]'))
+        assert "which is not run: write the value itself" in error_of(path)
+        path.write_text(SIZES.format(f'{{"{text}": 1}}'))
+        error_of(path)
+        assert not (tmp_path / "ran").exists()
+
+
 class TestYaml:
     def test_unknown_key(self, tmp_path: Path, yaml_recipe: Path) -> None:
         path = tmp_path / "recipe.yaml"

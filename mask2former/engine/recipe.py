@@ -29,10 +29,13 @@ from ..evaluation import build_evaluator
 from ..modeling import SemanticSegmentorWithTTA
 from .optimizer import build_optimizer
 from .setup import available_device
+from .yaml_lists import TAG, construct_list
 
 __all__ = ["Recipe", "load_config", "load_recipe"]
 
 Batch = list[dict[str, Any]]
+
+yaml.SafeLoader.add_constructor(TAG, construct_list)
 
 # Where results with test-time augmentation go in the output folder, and the outputs that they have.
 TTA_FOLDER = "inference_TTA"
