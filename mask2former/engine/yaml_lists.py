@@ -1,8 +1,8 @@
 """Lists that published recipes write as Python: read here without running code of a file.
 
 Some of the published files hold ``!!python/object/apply:eval ["[int(x * 0.1 * 512) for x in range(5, 21)]"]``.
-Detectron2 reads these by ``eval``. Here such a list is parsed, and can't hold anything but numbers, products, ``int`` and
-``range``.
+Detectron2 reads these by ``eval``. Here such a list is parsed, and can hold numbers, products, ``int`` and ``range``
+alone.
 """
 
 import ast
