@@ -24,7 +24,16 @@ from mask2former.data.datasets import (
     register_mapillary_vistas,
 )
 
-__all__ = ["HEIGHT", "WIDTH", "make_ade20k", "make_mapillary_vistas", "make_semantic", "registered_at", "stripes"]
+__all__ = [
+    "HEIGHT",
+    "WIDTH",
+    "make_ade20k",
+    "make_mapillary_vistas",
+    "make_semantic",
+    "registered_at",
+    "save_picture",
+    "stripes",
+]
 
 HEIGHT, WIDTH = 40, 60
 OWN = (

@@ -17,8 +17,18 @@ from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
-from published_layouts import HEIGHT, WIDTH, make_ade20k, make_mapillary_vistas, make_semantic, registered_at, stripes
+from published_layouts import (
+    HEIGHT,
+    WIDTH,
+    make_ade20k,
+    make_mapillary_vistas,
+    make_semantic,
+    registered_at,
+    save_picture,
+    stripes,
+)
 from tiny_dataset import TinyNames, tiny_dataset
 
 from mask2former.config import get_default_config
@@ -284,6 +294,34 @@ def test_cityscapes_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cityscapes, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package cityscapesscripts: pip install cityscapesscripts"):
         load_dataset("cityscapes_fine_instance_seg_val")
+
+
+def test_cityscapes_instances(tmp_path: Path, scratch_name: str) -> None:
+    pytest.importorskip("cityscapesscripts", reason="needs cityscapesscripts, which Detectron2's loader imports")
+    stem, images, truth = "aachen_000000_000019", tmp_path / "leftImg8bit/train", tmp_path / "gtFine/train"
+    save_picture(images / f"aachen/{stem}_leftImg8bit.png")
+    objects = [
+        {"label": "road", "polygon": [[0, 20], [59, 20], [59, 39], [0, 39]]},
+        {"label": "car", "polygon": [[10, 10], [30, 10], [30, 30], [10, 30]]},
+        {"label": "person", "polygon": [[40, 5], [50, 5], [50, 35], [40, 35]]},
+        {"label": "cargroup", "polygon": [[0, 0], [5, 0], [5, 5], [0, 5]]},
+    ]
+    (truth / "aachen").mkdir(parents=True)
+    content = {"imgHeight": HEIGHT, "imgWidth": WIDTH, "objects": objects}
+    (truth / f"aachen/{stem}_gtFine_polygons.json").write_text(json.dumps(content))
+    for kind in ("instanceIds", "labelIds"):
+        (truth / f"aachen/{stem}_gtFine_{kind}.png").touch()
+    DatasetCatalog.register(
+        scratch_name,
+        lambda: load_cityscapes_instances(str(images), str(truth), from_json=True, to_polygons=True),
+    )
+    published = MetadataCatalog.get("cityscapes_fine_instance_seg_train").as_dict()
+    MetadataCatalog.get(scratch_name).set(**{k: v for k, v in published.items() if k != "name"})
+    sample = training_sample(scratch_name, "mask_former_instance", check_dataset(scratch_name, 8))
+    names = [MetadataCatalog.get(scratch_name).thing_classes[c] for c in sample["instances"].gt_classes]
+    areas = dict(zip(names, sample["instances"].gt_masks.sum(dim=(1, 2)).tolist(), strict=True))
+    # Cityscapes' polygons go through the middle of the pixels at their border.
+    assert areas == {"car": pytest.approx(21 * 21, abs=2), "person": pytest.approx(11 * 31, abs=2)}
 
 
 IMPORTS_OF_DETECTRON2 = """
