@@ -234,9 +234,11 @@ def make_cityscapes(root: Path) -> dict[str, Any]:
     return {"dicts": dicts, "metadata": {k: v for k, v in published.items() if k != "name"} | own}
 
 
-def test_perfect_on_cityscapes(tmp_path: Path) -> None:
+def test_perfect_on_cityscapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cityscapesscripts", reason="needs cityscapesscripts, Cityscapes' own metrics")
     made = make_cityscapes(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     name = "cityscapes_of_stripes"
     try:
         DatasetCatalog.register(name, lambda: made["dicts"])
@@ -246,6 +248,7 @@ def test_perfect_on_cityscapes(tmp_path: Path) -> None:
         assert results["panoptic_seg"]["PQ"] == pytest.approx(100)
         assert results["sem_seg"]["IoU"] == results["sem_seg"]["IoU_sup"] == pytest.approx(100)
         assert results["segm"]["AP"] == results["segm"]["AP50"] == pytest.approx(100)
+        assert not list(Path().iterdir())  # cityscapesscripts would leave a file here
 
         def without_persons(record: dict[str, Any]) -> Output:
             output = perfect(record, 19)
