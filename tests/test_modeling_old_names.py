@@ -78,6 +78,20 @@ def test_old_names_load(cfg: Any, way: str, tmp_path: Path, caplog: pytest.LogCa
     assert "names of an old version" in caplog.text
 
 
+def test_old_names_of_other_shapes_are_skipped(tmp_path: Path) -> None:
+    """As for fine-tuning with another number of queries."""
+    cfg = MODELS["MaskFormerHead"].clone()
+    old = in_old_names(build(cfg, seed=0).state_dict())
+    torch.save({"model": old}, tmp_path / "old.pth")
+    cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES += 3
+    other = build(cfg, seed=1)
+    features = other.sem_seg_head.predictor.query_feat.weight.clone()
+    load_weights(other, str(tmp_path / "old.pth"))
+    assert torch.equal(other.sem_seg_head.predictor.query_feat.weight, features)
+    loaded = other.sem_seg_head.predictor.class_embed.weight
+    assert torch.equal(loaded, old["sem_seg_head.predictor.class_embed.weight"])
+
+
 def test_new_names_load_without_a_version(cfg: Any, caplog: pytest.LogCaptureFixture) -> None:
     """As files have them whose format keeps names and tensors alone."""
     model, other = build(cfg, seed=0), build(cfg, seed=1)

@@ -14,6 +14,7 @@ from iopath.common.file_io import PathHandler
 from torch import nn
 
 from ..errors import UserError
+from ..modeling.old_names import rename_old_weights
 from .files import checkpoint_file, read_checkpoint, replace_file
 from .names import find_format
 
@@ -91,6 +92,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         count = len(checkpoint["model"])
+        rename_old_weights(self.model, checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise UserError(f"none of the checkpoint's {count} weights fits this model: is it of another model?")
