@@ -37,13 +37,15 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
 
 
 def _add_input_keys(cfg: CfgNode) -> None:
-    # Which row of the mapper table (mask2former/data/mapper.py) makes training samples.
+    # Which row of the mapper table (mask2former/data/mapper.py) makes training samples. Any other name stands for
+    # Detectron2's mapper, with a warning.
     cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
     # Random brightness, contrast, saturation and hue as in SSD, in the mask_former_* mappers.
     cfg.INPUT.COLOR_AUG_SSD = False
     # Crop again while one class takes more than this share of the crop (1.0: any crop will do).
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
-    # Pad training pictures to a multiple of this many pixels (-1: leave them), mask_former_* mappers.
+    # Pad training pictures to a multiple of this many pixels, with grey and the ignore label (-1: leave them), in the
+    # mask_former_* mappers.
     cfg.INPUT.SIZE_DIVISIBILITY = -1
 
     # Large-scale jitter of the coco_*_lsj mappers: the side of the square crop in pixels, and the
@@ -82,12 +84,13 @@ def _add_model_keys(cfg: CfgNode) -> None:
 
     # Transformer decoder.
     mask_former.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"
+    # PerPixelBaselinePlusHead has no classes: its queries are the classes, so as many as NUM_CLASSES there.
     mask_former.NUM_OBJECT_QUERIES = 100
     mask_former.HIDDEN_DIM = 256
     mask_former.NHEADS = 8
     mask_former.DIM_FEEDFORWARD = 2048
-    # DEC_LAYERS counts predictions: one before the first decoder layer and one after each, so 10 for
-    # the 9 layers of MultiScaleMaskedTransformerDecoder.
+    # DEC_LAYERS counts predictions. MultiScaleMaskedTransformerDecoder makes one before its first layer and one after
+    # each, so 10 stands for 9 layers; StandardTransformerDecoder makes one after each.
     mask_former.DEC_LAYERS = 6
     mask_former.PRE_NORM = False
     # Read by StandardTransformerDecoder (encoder layers before its decoder) and by the transformer
@@ -123,8 +126,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
     head.MASK_DIM = 256
     # Transformer encoder layers in the pixel decoder.
     head.TRANSFORMER_ENC_LAYERS = 0
-    # MSDeformAttnPixelDecoder: the features its encoder sees, and sampling points for each head and level.
+    # MSDeformAttnPixelDecoder: the features its encoder sees.
     head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
+    # Its sampling points for each head and level. The published code defines the key and has the constant 4.
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
     # Read by nothing, as in the published code: MASK_FORMER.NHEADS is the encoder's number of heads too.
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
