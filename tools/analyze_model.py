@@ -110,7 +110,7 @@ def _inputs(args: argparse.Namespace, recipe: Recipe) -> Iterator[Batch]:
         batches = recipe.test_sets[0].build_loader()
         total = args.num_inputs
     total = min(total, args.num_inputs)
-    yield from tqdm(itertools.islice(batches, total), total=total, unit="picture")
+    yield from tqdm(itertools.islice(batches, total), total=total, unit="picture", disable=None)
 
 
 def _crop_size(recipe: Recipe) -> int:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
     quality = SemanticQuality(len(metadata.stuff_classes))
-    for name, regions in tqdm(predictions.items(), unit="picture"):
+    for name, regions in tqdm(predictions.items(), unit="picture", disable=None):
         truth = _read_truth(label_files[name], metadata)
         quality.add(truth, _paint(regions, truth.shape, metadata, name))
     _show(quality.results(), metadata, per_class=args.per_class)

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawer = draw(MetadataCatalog.get(args.dataset), args.conf_threshold)
     chosen = _with_results(args, records, key)
 
-    for dataset_dict, found in tqdm(chosen, unit="picture"):
+    for dataset_dict, found in tqdm(chosen, unit="picture", disable=None):
         image = read_image(dataset_dict["file_name"])
         palette = Palette()  # one for both: an object that was found has the colour of its ground truth
         panels = [drawer.draw(image, found, dataset_dict, palette)]

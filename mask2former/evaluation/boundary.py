@@ -73,7 +73,7 @@ class BoundaryEvaluation(COCOeval):
         self.dilation_ratio = dilation_ratio
 
     def evaluate(self) -> None:
-        with tqdm(total=len(self.params.imgIds), unit="picture", desc="boundaries") as self._progress:
+        with tqdm(total=len(self.params.imgIds), unit="picture", desc="boundaries", disable=None) as self._progress:
             super().evaluate()
 
     def computeIoU(self, imgId: Any, catId: int) -> Any:
