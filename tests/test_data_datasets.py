@@ -274,6 +274,8 @@ def test_missing_files_of_published_data_sets(tmp_path: Path) -> None:
         (tmp_path / "ADEChallengeData2016/annotations_detectron2/training/ADE_train_00000002.png").unlink()
         with pytest.raises(UserError, match=r"1 of 2 semantic annotations are missing"):
             build_train_loader(cfg)
+        with pytest.raises(UserError, match=r"1 of 2 semantic annotations are missing"):
+            build_train_loader("ade20k_panoptic_train", mapper=build_mapper(cfg), total_batch_size=2)
         cfg.INPUT.DATASET_MAPPER_NAME = "coco_panoptic_lsj"  # reads none
         build_train_loader(cfg)
 

@@ -165,7 +165,6 @@ def loading(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         if function == "load_training_dicts":
             names = [arguments[0]] if isinstance(arguments[0], str) else list(arguments[0])
             arguments, options = names, {"filter_empty": True, **options}
-            options.pop("semantic_files", None)  # which files are looked for early, not what is read
         if "mapper" in options:
             values = dict(vars(options["mapper"]))
             values["augmentations"] = describe_augmentations(values["augmentations"].augs)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..errors import UserError
 from .checks import DatasetDicts, check_dataset
-from .mapper import MAPPERS, build_mapper
+from .mapper import build_mapper
 
 __all__ = ["build_test_loader", "build_train_loader", "load_training_dicts"]
 
@@ -54,22 +54,27 @@ def load_training_dicts(
 
 
 def _train_loader_from_config(cfg: CfgNode, mapper: Mapper | None = None) -> dict[str, Any]:
-    row = MAPPERS.get(cfg.INPUT.DATASET_MAPPER_NAME)
+    mapper = build_mapper(cfg, True) if mapper is None else mapper
     dicts = load_training_dicts(
         cfg.DATASETS.TRAIN,
         num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        semantic_files=mapper is None and row is not None and row.label_map,
+        semantic_files=_reads_label_maps(mapper),
     )
     return {
         "dataset": dicts,
-        "mapper": build_mapper(cfg, True) if mapper is None else mapper,
+        "mapper": mapper,
         "sampler": _build_sampler(cfg, dicts),
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "seed": cfg.SEED,
     }
+
+
+def _reads_label_maps(mapper: Mapper) -> bool:
+    """Whether the mapper reads label maps in training, as ``MaskFormerDatasetMapper`` says of itself."""
+    return getattr(mapper, "label_map", False)
 
 
 def _build_sampler(cfg: CfgNode, dicts: DatasetDicts) -> Sampler[int] | None:
@@ -118,7 +123,8 @@ def build_train_loader(
     """Endless iterable of batches, each a list of samples (see ``MaskFormerDatasetMapper``).
 
     ``dataset`` is one or several names of data sets, which are checked against ``num_classes`` and filtered as
-    ``load_training_dicts`` says, or dataset dicts. ``total_batch_size`` counts the pictures of all processes.
+    ``load_training_dicts`` says, or dataset dicts. Label maps are looked for where the ``mapper`` reads them (its
+    ``label_map`` is true). ``total_batch_size`` counts the pictures of all processes.
     With a ``seed`` >= 0 the order of the pictures and the workers' augmentations repeat; with ``num_workers`` 0
     the augmentations draw from this process's own generators, which the caller seeds.
 
@@ -126,7 +132,9 @@ def build_train_loader(
 
     Raises ``UserError`` for what ``load_training_dicts`` does.
     """
-    dicts = _as_dicts(dataset, num_classes, filter_empty)
+    dicts = _as_dicts(
+        dataset, num_classes=num_classes, filter_empty=filter_empty, semantic_files=_reads_label_maps(mapper)
+    )
     seed = _seed_or_none(seed)
     if sampler is None:
         sampler = TrainingSampler(len(dicts), seed=seed)
@@ -142,11 +150,11 @@ def build_train_loader(
     )
 
 
-def _as_dicts(dataset: str | Sequence[str] | DatasetDicts, num_classes: int | None, filter_empty: bool) -> DatasetDicts:
+def _as_dicts(dataset: str | Sequence[str] | DatasetDicts, **checks: Any) -> DatasetDicts:
     items = [dataset] if isinstance(dataset, str) else dataset
     names = [item for item in items if isinstance(item, str)]
     if names or not items:
-        return load_training_dicts(names, num_classes=num_classes, filter_empty=filter_empty)
+        return load_training_dicts(names, **checks)
     return [item for item in items if isinstance(item, dict)]
 
 
