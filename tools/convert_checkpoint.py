@@ -61,8 +61,6 @@ def _read(path: str) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{path} has Detectron's names, which Detectron2 converts while loading: set MODEL.WEIGHTS to it"
         )
-    if not content["model"]:
-        raise UserError(f"{path} holds no weights")
     if content["left_out"]:
         print(f"left out of {path}: {', '.join(content['left_out'])}")
     prefix = BACKBONE if content.get("matching_heuristics") else ""

@@ -162,6 +162,8 @@ def _in_our_names(content: dict[str, Any]) -> dict[str, Any]:
 def _check_weights(path: str, weights: Any) -> None:
     if not isinstance(weights, dict):
         raise UserError(f"checkpoint {path} must hold a dict of tensors, but holds a {type(weights).__name__}")
+    if not weights:
+        raise UserError(f"checkpoint {path} holds no weights: save a model's state dict")
     for name, value in weights.items():
         if not isinstance(name, str):
             raise UserError(f"checkpoint {path} must hold tensors by name, but one's name is a {type(name).__name__}")
