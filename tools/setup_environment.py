@@ -37,6 +37,9 @@ DETECTRON2 = "sal-detectron2==0.7.2"
 DETECTRON2_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 DETECTRON2_WHEEL_NAME = "sal_detectron2-0.7.2-py3-none-any.whl"
 
+# What tests compare with besides, installed without what it asks for: NumPy < 2, a "typing" of Python 3.4.
+TESTED_AGAINST = ("panopticapi-lite", "cityscapesscripts", "pyquaternion")
+
 # Enough for a conflict between versions, or the end of a failed build.
 PIP_LINES_SHOWN = 30
 
@@ -214,8 +217,9 @@ class Installer:
         say(f"installing mask2former[{extras}] from this folder, with what it depends on")
         target = f"{REPOSITORY}[{extras}]"
         self.install("--no-build-isolation", "--editable", target, what="mask2former or a part that it depends on")
-        if dev and "panopticapi-lite" not in installed():
-            self.install("--no-deps", "panopticapi-lite", what="panopticapi-lite")
+        missing = [part for part in TESTED_AGAINST if part not in installed()] if dev else []
+        if missing:
+            self.install("--no-deps", *missing, what=" and ".join(missing))
 
     def detectron2(self) -> None:
         if find_spec("detectron2") is not None:
