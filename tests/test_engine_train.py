@@ -18,10 +18,11 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import get_event_storage
 from tiny_dataset import TinyNames, tiny_dataset
 from tiny_nuclei_model import one_thread
 
-from mask2former.engine import Recipe, evaluate_weights, load_recipe, train
+from mask2former.engine import Recipe, evaluate_weights, load_recipe, train, trainer
 from mask2former.engine.recipe import TestSet as EvaluatedSet  # pytest collects what is called Test*
 from mask2former.errors import UserError, command
 
@@ -117,6 +118,15 @@ def metrics(output_dir: Path) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in line.items() if not key.endswith("time") and "/" not in key} for line in lines
     ]
+
+
+def test_evaluates_every_so_many_steps_and_at_the_end(
+    data: TinyNames, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: steps.append(get_event_storage().iter) or {})
+    train(replace(tiny_recipe(recipe_file, tmp_path / "output", "TEST.EVAL_PERIOD", "2"), max_iter=5))
+    assert steps == [1, 3, 5]  # after steps 1 and 3, and after all 5
 
 
 def test_a_seed_repeats_a_run(data: TinyNames, recipe_file: Path, tmp_path: Path) -> None:

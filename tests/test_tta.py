@@ -290,9 +290,11 @@ def test_off_by_default(tmp_path: Path) -> None:
     assert load_recipe(str(write_tiny_model(tmp_path)[0])).augmented_test is None
 
 
-def test_without_semantic_results(tmp_path: Path) -> None:
+def test_without_semantic_results_or_truth(data: TinyNames, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"TEST.AUG.ENABLED .* but MODEL.MASK_FORMER.TEST.SEMANTIC_ON is False"):
         tiny_recipe(tmp_path, "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", "False")
+    with pytest.raises(UserError, match=rf"AUG.ENABLED .* but data set '{data.instances}' has no semantic ground"):
+        tiny_recipe(tmp_path, "DATASETS.TEST", f"('{data.panoptic}', '{data.instances}')")
 
 
 LAZY = """\

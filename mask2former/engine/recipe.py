@@ -25,7 +25,7 @@ from torch import nn
 from ..config import get_default_config
 from ..data import build_test_loader, build_train_loader
 from ..errors import UserError
-from ..evaluation import build_evaluator
+from ..evaluation import build_evaluator, can_evaluate
 from ..modeling import SemanticSegmentorWithTTA
 from .optimizer import build_optimizer
 from .setup import available_device
@@ -178,7 +178,7 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
 
     augmented_test = None
     if cfg.TEST.AUG.ENABLED:
-        _check_semantic("TEST.AUG.ENABLED", "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", test.SEMANTIC_ON)
+        _check_semantic("TEST.AUG.ENABLED", "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", test.SEMANTIC_ON, cfg.DATASETS.TEST)
         augmented_test = AugmentedTest(
             lambda model: SemanticSegmentorWithTTA(cfg, model), test_sets(TTA_FOLDER, SEMANTIC_ALONE)
         )
@@ -206,11 +206,16 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
     )
 
 
-def _check_semantic(wish: str, switch: str, semantic_on: bool) -> None:
-    if not semantic_on:
+def _check_semantic(wish: str, switch: str, semantic_on: bool, dataset_names: Sequence[str]) -> None:
+    """Say before anything runs that test-time augmentation, of semantic results alone, has nothing to evaluate."""
+    problem = None if semantic_on else f"{switch} is False: set it to True"
+    for name in dataset_names:
+        if not can_evaluate(name, "SEMANTIC"):
+            problem = f"data set '{name}' has no semantic ground truth: take it out of the test sets"
+    if problem:
         raise UserError(
-            f"{wish} evaluates the mean of augmented semantic results, but {switch} is False: set it to True, or leave "
-            "out test-time augmentation"
+            f"{wish} evaluates the mean of augmented semantic results, but {problem}, or leave out test-time "
+            "augmentation"
         )
 
 
@@ -292,7 +297,8 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
 def _semantic_evaluator(cfg: DictConfig) -> DictConfig:
     """The evaluator of semantic results alone, which go to a folder of their own."""
     evaluator = copy.deepcopy(cfg.dataloader.evaluator)
-    _check_semantic("test_time_augmentation", "dataloader.evaluator.semantic_on", evaluator.get("semantic_on", True))
+    semantic_on = evaluator.get("semantic_on", True)
+    _check_semantic("test_time_augmentation", "dataloader.evaluator.semantic_on", semantic_on, [evaluator.dataset_name])
     values = {"output_dir": os.path.join(cfg.train.output_dir, TTA_FOLDER), **SEMANTIC_ALONE}
     evaluator.update({key: value for key, value in values.items() if key in evaluator})
     return evaluator

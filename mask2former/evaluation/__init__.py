@@ -1,6 +1,6 @@
 """Detectron2 evaluators for semantic, instance and panoptic output."""
 
-from .builder import build_evaluator
+from .builder import build_evaluator, can_evaluate
 from .cityscapes import CityscapesInstanceSegEvaluator, CityscapesSemanticEvaluator
 from .instance import InstanceSegEvaluator
 from .lvis import LVISInstanceEvaluator
@@ -15,4 +15,5 @@ __all__ = [
     "PanopticEvaluator",
     "SemanticEvaluator",
     "build_evaluator",
+    "can_evaluate",
 ]

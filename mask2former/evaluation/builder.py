@@ -13,7 +13,7 @@ from .lvis import LVISInstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator
 
-__all__ = ["build_evaluator"]
+__all__ = ["build_evaluator", "can_evaluate"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,15 @@ EVALUATOR_TYPES: dict[str, tuple[Task, ...]] = {
     "cityscapes_sem_seg": (SEMANTIC_OF_CITYSCAPES,),
     "cityscapes_panoptic_seg": (PANOPTIC, SEMANTIC_OF_CITYSCAPES, INSTANCE_OF_CITYSCAPES),
 }
+
+
+def can_evaluate(dataset_name: str, output: str) -> bool:
+    """Whether a data set has ground truth for a kind of output: "SEMANTIC", "PANOPTIC" or "INSTANCE".
+
+    True too where its ``evaluator_type`` is not known, of which :func:`build_evaluator` says more.
+    """
+    tasks = EVALUATOR_TYPES.get(MetadataCatalog.get(dataset_name).get("evaluator_type"))
+    return tasks is None or any(task.key == output for task in tasks)
 
 
 def build_evaluator(
