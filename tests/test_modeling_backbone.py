@@ -39,10 +39,11 @@ def test_built_from_a_config() -> None:
     cfg = get_default_config()
     cfg.MODEL.BACKBONE.NAME = "TimmBackbone"
     cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.OUT_FEATURES = "resnet18", ["res3", "res4"]
-    assert {name: shape.channels for name, shape in build_backbone(cfg).output_shape().items()} == {
-        "res3": 128,
-        "res4": 256,
-    }
+    cfg.MODEL.TIMM.NORM, cfg.MODEL.TIMM.BN_EPS = "BN", 0.25
+    backbone = build_backbone(cfg)
+    assert {name: shape.channels for name, shape in backbone.output_shape().items()} == {"res3": 128, "res4": 256}
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and all(norm.eps == 0.25 and norm.weight.requires_grad for norm in norms)
 
 
 def test_mistakes_are_named() -> None:

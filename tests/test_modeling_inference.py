@@ -213,10 +213,11 @@ def test_picture_without_any_object_in_tiles() -> None:
 def test_settings_come_from_the_config() -> None:
     cfg = tiny_config()
     test = cfg.MODEL.MASK_FORMER.TEST
-    test.TILE_SIZE, test.TILE_OVERLAP, test.MASK_NMS_THRESHOLD = 64, 16, 0.4
+    test.TILE_SIZE, test.TILE_OVERLAP, test.TILE_BATCH_SIZE, test.MASK_NMS_THRESHOLD = 64, 16, 3, 0.4
     test.INSTANCE_SCORE_THRESHOLD, cfg.TEST.DETECTIONS_PER_IMAGE = 0.3, 7
     settings = InferenceSettings.from_config(cfg)
-    assert (settings.tile_size, settings.tile_overlap, settings.mask_nms_threshold) == (64, 16, 0.4)
+    assert (settings.tile_size, settings.tile_overlap, settings.tile_batch_size) == (64, 16, 3)
+    assert settings.mask_nms_threshold == 0.4
     assert (settings.instance_score_threshold, settings.max_instances) == (0.3, 7)
     assert settings.thing_classes == frozenset({0})
     test.TILE_OVERLAP = 64
