@@ -139,11 +139,28 @@ def test_nothing_was_found() -> None:
     assert average_precision(truth_of(square()), [])["AP"] == 0
 
 
-def test_results_that_do_not_fit() -> None:
-    with pytest.raises(UserError, match="result number 1 has no score, segmentation"):
-        average_precision(truth_of(square()), [{"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1]}])
-    with pytest.raises(UserError, match="result number 1 is for image_id 8"):
-        average_precision(truth_of(square()), [{**annotation(square(), score=1.0), "image_id": 8}])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "has no category_id, image_id, score, segmentation"),
+        ({"score": None, "segmentation": None}, "has no score, segmentation"),
+        ({"score": "1"}, "has the score '1', expected a number"),
+        ({"image_id": 8}, "is for image_id 8"),
+        ({"category_id": 9}, "is for category_id 9"),
+        ({"segmentation": [[0, 0, 9, 0, 9, 9]]}, "has no mask in compressed run lengths"),
+        (
+            {"segmentation": {"size": [2, 2], "counts": "04"}},
+            r"has a mask of size \[2, 2\], but its picture, image_id 7",
+        ),
+    ],
+)
+def test_results_that_do_not_fit(change: dict[str, Any] | None, message: str) -> None:
+    result: Any = 1
+    if change is not None:
+        result = {**annotation(square(), score=1.0), **change}
+        result = {key: value for key, value in result.items() if value is not None}
+    with pytest.raises(UserError, match=f"result number 2 {message}"):
+        average_precision(truth_of(square()), [annotation(square(), score=1.0), result])
 
 
 Program = Callable[..., tuple[int, str]]

@@ -183,6 +183,8 @@ def test_mistakes(tiny: TinyNames, evaluate: Program, predictions: tuple[Path, f
     ):
         path.write_text(json.dumps([{**content[0], **change}]))
         assert message in error(path)
+    path.write_text("[]")
+    assert "has no predictions" in error(path)
     path.write_text("[{}]")
     assert "is not a file of semantic predictions" in error(path)
     path.write_text(json.dumps(content))

@@ -117,7 +117,7 @@ def test_semantic(tiny: TinyNames, visualize: Program, tmp_path: Path) -> None:
 
 
 def test_mistakes(tiny: TinyNames, visualize: Program, tmp_path: Path) -> None:
-    results, _ = write_results(tiny, tmp_path)
+    results, semantic = write_results(tiny, tmp_path)
 
     def error(*options: str) -> str:
         code, printed = visualize("--output", str(tmp_path / "drawn"), "--dataset", tiny.instances, *options)
@@ -133,6 +133,11 @@ def test_mistakes(tiny: TinyNames, visualize: Program, tmp_path: Path) -> None:
         ([{**content[0], "category_id": 99}], "category_id 99, which the data set has no thing class for"),
         ([{"image_id": 1, "bbox": [0, 0, 1, 1]}], "neither a file of instances with masks nor of semantic predictions"),
         ({}, "neither a file of instances"),
+        ([], "has no results"),
     ):
         results.write_text(json.dumps(changed))
         assert message in error("--input", str(results))
+    classes = json.loads(semantic.read_text())
+    assert "'tiny_instances' has no semantic classes" in error("--input", str(semantic))
+    semantic.write_text(json.dumps([{**classes[0], "category_id": 99}]))
+    assert "prediction of category_id 99" in error("--input", str(semantic), "--dataset", tiny.panoptic)

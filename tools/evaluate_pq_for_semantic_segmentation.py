@@ -15,15 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from detectron2.data import Metadata, MetadataCatalog
 from tabulate import tabulate
 from tqdm import tqdm
 
 from mask2former.data import load_dataset
-from mask2former.data.annotations import decode_segmentation
 from mask2former.errors import UserError, command
-from mask2former.evaluation.semantic import read_label_map
+from mask2former.evaluation.semantic import paint_predictions, read_truth
 from mask2former.evaluation.semantic_quality import QualityResults, SemanticQuality
 from mask2former.evaluation.truth import read_json
 
@@ -43,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     quality = SemanticQuality(len(metadata.stuff_classes))
     for name, regions in tqdm(predictions.items(), unit="picture", disable=None):
-        truth = _read_truth(label_files[name], metadata)
-        quality.add(truth, _paint(regions, truth.shape, metadata, name))
+        truth = read_truth(label_files[name], metadata)
+        quality.add(truth, paint_predictions(regions, truth.shape, metadata, name))
     _show(quality.results(), metadata, per_class=args.per_class)
 
 
@@ -75,6 +73,8 @@ def _read_predictions(path: str, dataset_name: str, known: Mapping[str, str]) ->
     needed = {"file_name", "category_id", "segmentation"}
     if not isinstance(content, list) or any(needed - set(prediction) for prediction in content):
         raise UserError(f"{path} is not a file of semantic predictions: expected a list with {', '.join(needed)} each")
+    if not content:
+        raise UserError(f"{path} has no predictions: there is nothing to evaluate")
     by_picture: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in content:
         by_picture[Path(prediction["file_name"]).stem].append(prediction)
@@ -85,37 +85,6 @@ def _read_predictions(path: str, dataset_name: str, known: Mapping[str, str]) ->
             "give the data set that they were made for as --dataset-name"
         )
     return by_picture
-
-
-def _read_truth(path: str, metadata: Metadata) -> np.ndarray:
-    """Classes (H, W), with their number for pixels that are ignored."""
-    num_classes = len(metadata.stuff_classes)
-    labels = read_label_map(path)
-    ignored = labels == metadata.ignore_label
-    wrong = labels[(labels >= num_classes) & ~ignored]
-    if wrong.size:
-        raise UserError(
-            f"{path} has the label {wrong[0]}: data set '{metadata.name}' has the labels 0 to {num_classes - 1} and "
-            f"{metadata.ignore_label} (ignored)"
-        )
-    return np.where(ignored, num_classes, labels)
-
-
-def _paint(regions: Sequence[Prediction], size: tuple[int, ...], metadata: Metadata, name: str) -> np.ndarray:
-    """Predicted classes (H, W), with their number for pixels without one."""
-    num_classes = len(metadata.stuff_classes)
-    contiguous_ids = metadata.get("stuff_dataset_id_to_contiguous_id") or {i: i for i in range(num_classes)}
-    classes = np.full(size, num_classes)
-    for region in regions:
-        category = region["category_id"]
-        if category not in contiguous_ids:
-            raise UserError(
-                f"picture {name} has a prediction of category_id {category}, which data set '{metadata.name}' does not "
-                "have: give the data set that it was made for as --dataset-name"
-            )
-        mask = decode_segmentation(region["segmentation"], *size, f"category {category} of picture {name}")
-        classes[mask] = contiguous_ids[category]
-    return classes
 
 
 def _show(results: QualityResults, metadata: Metadata, *, per_class: bool) -> None:

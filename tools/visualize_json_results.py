@@ -28,7 +28,7 @@ from mask2former.data.annotations import decode_segmentation
 from mask2former.data.panoptic_files import save_png
 from mask2former.drawing import Palette, Picture, draw_instances, draw_semantic
 from mask2former.errors import UserError, command
-from mask2former.evaluation.semantic import read_label_map
+from mask2former.evaluation.semantic import paint_predictions, read_truth
 from mask2former.evaluation.truth import read_json
 from mask2former.structures import CroppedMasks
 
@@ -88,11 +88,13 @@ def _kind(path: str, records: Any) -> str:
 
 def _with_results(args: argparse.Namespace, records: Sequence[Record], key: str) -> list[tuple[Record, list[Record]]]:
     """The data set's pictures that the file has results for, with them."""
+    if not records:
+        raise UserError(f"{args.input} has no results: there is nothing to draw")
     by_picture: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
         by_picture[record[key]].append(record)
     dicts = [d for d in load_dataset(args.dataset) if d.get(key) in by_picture]
-    if records and not dicts:
+    if not dicts:
         raise UserError(
             f"{args.input} has results for none of the pictures of data set '{args.dataset}': "
             "give the one that they were made for as --dataset"
@@ -153,33 +155,27 @@ class _SemanticDrawer:
     """Draws the class of each pixel, of results and of label PNGs."""
 
     def __init__(self, metadata: Metadata, threshold: float) -> None:
+        if metadata.get("stuff_classes") is None:
+            raise UserError(
+                f"the results are semantic, and data set '{metadata.name}' has no semantic classes: give the one that "
+                "they were made for as --dataset"
+            )
         self._metadata = metadata
 
     def draw(self, image: Picture, results: Sequence[Record], dataset_dict: Record, palette: Palette) -> Picture:
-        contiguous_ids = self._metadata.get("stuff_dataset_id_to_contiguous_id")
-        classes = np.full(image.shape[:2], self._nothing)
-        for result in results:
-            category = result["category_id"]
-            name = f"class {category} of picture '{dataset_dict['file_name']}'"
-            mask = decode_segmentation(result["segmentation"], *image.shape[:2], name)
-            classes[mask] = contiguous_ids[category] if contiguous_ids else category
-        return self._draw(image, classes)
+        name = f"'{dataset_dict['file_name']}'"
+        return self._draw(image, paint_predictions(results, image.shape[:2], self._metadata, name))
 
     @staticmethod
     def has_truth(dataset_dict: Record) -> bool:
         return "sem_seg_file_name" in dataset_dict
 
     def draw_truth(self, image: Picture, dataset_dict: Record, palette: Palette) -> Picture:
-        labels = read_label_map(dataset_dict["sem_seg_file_name"])
-        return self._draw(image, np.where(labels == self._metadata.ignore_label, self._nothing, labels))
-
-    @property
-    def _nothing(self) -> int:
-        """Stands for pixels without a class."""
-        return len(self._metadata.stuff_classes)
+        return self._draw(image, read_truth(dataset_dict["sem_seg_file_name"], self._metadata))
 
     def _draw(self, image: Picture, classes: np.ndarray) -> Picture:
-        return draw_semantic(image, classes, self._metadata, ignore_label=self._nothing)
+        nothing = len(self._metadata.stuff_classes)
+        return draw_semantic(image, classes, self._metadata, ignore_label=nothing)
 
 
 if __name__ == "__main__":

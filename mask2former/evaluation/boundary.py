@@ -110,6 +110,7 @@ class BoundaryEvaluation(COCOeval):
         return {**annotation, "segmentation": mask_util.encode(np.asfortranarray(region, dtype=np.uint8))}
 
 
+RESULT_KEYS = {"image_id", "category_id", "score", "segmentation"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -133,7 +134,7 @@ def average_precision(
         AP, AP50, AP75, APs, APm and APl in percent; NaN where there is no object of the kind.
 
     Raises:
-        UserError: the results are for other pictures, or have no masks.
+        UserError: the results are for other pictures or categories, or have no masks of the pictures' sizes.
     """
     coco = COCO()
     coco.dataset = truth
@@ -157,13 +158,31 @@ def average_precision(
 
 
 def _check_results(truth: COCO, results: list[Annotation]) -> None:
-    needed = {"image_id", "category_id", "score", "segmentation"}
     for number, result in enumerate(results, start=1):
-        missing = needed - result.keys()
-        if missing:
-            raise UserError(f"result number {number} has no {', '.join(sorted(missing))}: give results with masks")
-        if result["image_id"] not in truth.imgs:
-            raise UserError(
-                f"result number {number} is for image_id {result['image_id']!r}, which the ground truth does not have: "
+        problem = _problem(truth, result)
+        if problem:
+            raise UserError(f"result number {number} {problem}")
+
+
+def _problem(truth: COCO, result: Annotation) -> str | None:
+    """What is wrong with a result, if anything is."""
+    missing = RESULT_KEYS - (result.keys() if isinstance(result, dict) else set())
+    if missing:
+        return f"has no {', '.join(sorted(missing))}: give results with masks"
+    if not isinstance(result["score"], int | float):
+        return f"has the score {result['score']!r}, expected a number"
+    for key, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
+        if result[key] not in known:
+            return (
+                f"is for {key} {result[key]!r}, which the ground truth does not have: "
                 "give the file that the results were made for"
             )
+    picture, mask = truth.imgs[result["image_id"]], result["segmentation"]
+    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
+        return "has no mask in compressed run lengths, as an evaluation writes it"
+    if mask.get("size") != [picture["height"], picture["width"]]:
+        return (
+            f"has a mask of size {mask.get('size')}, but its picture, image_id {picture['id']}, is "
+            f"{picture['height']} pixels high and {picture['width']} wide"
+        )
+    return None

@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 
+from ..data.annotations import decode_segmentation
 from ..data.images import read_label_map
 from ..errors import UserError
 from .truth import check_size
 
-__all__ = ["SemanticEvaluator"]
+__all__ = ["SemanticEvaluator", "paint_predictions", "read_truth"]
 
 
 class SemanticEvaluator(SemSegEvaluator):
@@ -54,12 +56,46 @@ class SemanticEvaluator(SemSegEvaluator):
         super().process(inputs, outputs)
 
     def _load(self, file_name: str, dtype: npt.DTypeLike = int) -> np.ndarray:
-        """Labels (H, W) of a PNG: below the number of classes, or the ignore label."""
-        labels = read_label_map(file_name, dtype)
-        wrong = labels[(labels >= self._num_classes) & (labels != self._ignore_label)]
-        if wrong.size:
+        return read_truth(file_name, MetadataCatalog.get(self._dataset_name), dtype)
+
+
+def read_truth(path: str, metadata: Metadata, dtype: npt.DTypeLike = int) -> np.ndarray:
+    """The classes (H, W) of a label PNG, with their number for pixels that are ignored.
+
+    Raises:
+        UserError: the file can't be read, or has a label that is none of the data set's.
+    """
+    num_classes = len(metadata.stuff_classes)
+    labels = read_label_map(path, dtype)
+    ignored = labels == metadata.ignore_label
+    wrong = labels[(labels >= num_classes) & ~ignored]
+    if wrong.size:
+        raise UserError(
+            f"{path} has the label {wrong[0]}: data set '{metadata.name}' has the labels 0 to {num_classes - 1} and "
+            f"{metadata.ignore_label} (ignored)"
+        )
+    labels[ignored] = num_classes
+    return labels
+
+
+def paint_predictions(
+    predictions: Sequence[dict[str, Any]], size: tuple[int, ...], metadata: Metadata, picture: str
+) -> np.ndarray:
+    """The classes (H, W) that a picture's records of ``sem_seg_predictions.json`` give, with their number elsewhere.
+
+    Raises:
+        UserError: one is for another size or of a class that the data set does not have; ``picture`` is named.
+    """
+    num_classes = len(metadata.stuff_classes)
+    contiguous_ids = metadata.get("stuff_dataset_id_to_contiguous_id") or {i: i for i in range(num_classes)}
+    classes = np.full(size, num_classes)
+    for prediction in predictions:
+        category = prediction["category_id"]
+        if category not in contiguous_ids:
             raise UserError(
-                f"{file_name} has the label {wrong[0]}: data set '{self._dataset_name}' has the labels "
-                f"0 to {self._num_classes - 1} and {self._ignore_label} (ignored)"
+                f"picture {picture} has a prediction of category_id {category}, which data set '{metadata.name}' does "
+                "not have: give the data set that it was made for"
             )
-        return labels
+        mask = decode_segmentation(prediction["segmentation"], *size, f"category {category} of picture {picture}")
+        classes[mask] = contiguous_ids[category]
+    return classes
