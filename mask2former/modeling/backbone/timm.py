@@ -47,7 +47,9 @@ class TimmBackbone(Backbone):
         if norm not in NORMS:
             raise UserError(f"MODEL.TIMM.NORM must be one of {', '.join(NORMS)}, but is {norm!r}")
         self.norm = norm
-        self.body = _create(name, bn_eps).to(memory_format=torch.channels_last)
+        self.body = _create(name).to(memory_format=torch.channels_last)
+        for module in self._batch_norms():
+            module.eps = module.eps if bn_eps is None else bn_eps
         by_stride = {stride: index for index, stride in enumerate(self.body.feature_info.reduction())}
         missing = [feature for feature in out_features if STRIDES.get(feature) not in by_stride]
         if missing:
@@ -100,7 +102,7 @@ class TimmBackbone(Backbone):
         return [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def _create(name: str, bn_eps: float | None) -> Any:
+def _create(name: str) -> Any:
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -108,8 +110,7 @@ def _create(name: str, bn_eps: float | None) -> Any:
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise UserError(f"timm has no model {name!r}" + (f"; similar names: {similar}" if similar else ""))
-    options: dict[str, Any] = {} if bn_eps is None else {"bn_eps": bn_eps}
-    return timm.create_model(name, features_only=True, **options)
+    return timm.create_model(name, features_only=True)
 
 
 def _fold_batch_norms(body: nn.Module) -> list[tuple[str, str, float]]:
