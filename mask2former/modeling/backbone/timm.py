@@ -48,8 +48,9 @@ class TimmBackbone(Backbone):
             raise UserError(f"MODEL.TIMM.NORM must be one of {', '.join(NORMS)}, but is {norm!r}")
         self.norm = norm
         self.body = _create(name).to(memory_format=torch.channels_last)
-        for module in self._batch_norms():
-            module.eps = module.eps if bn_eps is None else bn_eps
+        if bn_eps is not None:
+            for module in self._batch_norms():
+                module.eps = bn_eps
         by_stride = {stride: index for index, stride in enumerate(self.body.feature_info.reduction())}
         missing = [feature for feature in out_features if STRIDES.get(feature) not in by_stride]
         if missing:
