@@ -129,6 +129,15 @@ def test_evaluates_every_so_many_steps_and_at_the_end(
     assert steps == [1, 3, 5]  # after steps 1 and 3, and after all 5
 
 
+def test_synchronised_batch_norm_on_several_cpus(
+    data: TinyNames, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Cityscapes' recipes; torch would say so with a traceback in every process."""
+    monkeypatch.setattr(trainer.comm, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="SyncBN works on GPUs alone: .* MODEL.RESNETS.NORM to naiveSyncBN"):
+        train(tiny_recipe(recipe_file, tmp_path / "output", "MODEL.RESNETS.NORM", "SyncBN"))
+
+
 def test_a_seed_repeats_a_run(data: TinyNames, recipe_file: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         seed_all_rng(1)

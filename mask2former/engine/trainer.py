@@ -138,6 +138,11 @@ def _for_all_ranks(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     on_cuda = next(model.parameters()).device.type == "cuda"
+    if not on_cuda and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise UserError(
+            "SyncBN works on GPUs alone: for several processes on CPUs set MODEL.RESNETS.NORM to naiveSyncBN, "
+            "or train in one process"
+        )
     return DistributedDataParallel(
         model, device_ids=[comm.get_local_rank()] if on_cuda else None, broadcast_buffers=False
     )
