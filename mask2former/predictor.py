@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from detectron2.modeling import build_model
+from detectron2.modeling import SemanticSegmentor, build_model
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 from torch import nn
@@ -226,7 +226,7 @@ def _build_from_lazy_config(
     if OmegaConf.select(config, "dataloader.test.mapper") is None:
         raise UserError("the LazyConfig has no dataloader.test.mapper, which says how pictures are resized: add it")
     model = instantiate(config.model)
-    if threshold is not None:
+    if threshold is not None and not isinstance(model, SemanticSegmentor):  # which gives no scores to compare
         if not isinstance(model, MaskFormer):
             raise UserError(f"a confidence threshold needs the model MaskFormer, got {type(model).__name__}")
         model.inference = dataclasses.replace(

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 from PIL import Image
 from tiny_nuclei_model import build_tiny_model, one_thread, tiny_config, write_tiny_model
 
+from mask2former.checkpoint import write_safetensors
 from mask2former.data import build_mapper
 from mask2former.errors import UserError
 from mask2former.predictor import Predictor
@@ -151,6 +153,27 @@ def test_lazy_config(tiny, image, tmp_path):
     scores = lazy(image)["instances"].scores
     threshold = float(scores.sort().values[5])
     assert len(Predictor(path, weights, confidence_threshold=threshold)(image)["instances"]) == len(scores) - 5
+
+
+def test_per_pixel_baseline(tiny, image, tmp_path):
+    """Its scores are semantic alone, so that a threshold, which the demo always gives, changes nothing."""
+    options = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NAME", "PerPixelBaselineHead"]
+    cfg = tiny_config()
+    cfg.merge_from_list(options)
+    weights = tmp_path / "model.safetensors"
+    write_safetensors(build_model(cfg).state_dict(), str(weights))
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        LAZY_CONFIG.replace("import build_tiny_model", "import tiny_config").replace(
+            "model = L(build_tiny_model)()",
+            f"from detectron2.modeling import build_model\ncfg = tiny_config()\ncfg.merge_from_list({options})\n"
+            "model = L(build_model)(cfg=cfg)",
+        )
+    )
+    lazy = Predictor(path, weights, confidence_threshold=0.5)(image)
+    assert set(lazy) == {"sem_seg"} and lazy["sem_seg"].shape == (2, 70, 90)
+    yaml = Predictor(tiny[0], weights, options=options, confidence_threshold=0.5)(image)
+    torch.testing.assert_close(lazy["sem_seg"], yaml["sem_seg"], atol=0, rtol=0)
 
 
 def test_one_threshold_for_instances_and_segments(tiny, image):
