@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from config_keys import SWIN, H, M, build, effect_of, losses, names, picture, predict
 from torch import Tensor, nn
 
+from mask2former.errors import UserError
 from mask2former.modeling import criterion as criterion_module
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
@@ -235,7 +236,7 @@ def test_features_of_the_encoder() -> None:
         assert names(model, "level_embed")["sem_seg_head.pixel_decoder.transformer.level_embed"] == [levels, 32]
         assert len(names(model, "pixel_decoder.adapter_")) == 3 * fpn_levels
         assert predict(model)["pred_masks"].shape[-2:] == (16, 24)
-    with pytest.raises(ValueError, match="features used are"):
+    with pytest.raises(UserError, match=r"must be some of IN_FEATURES, \['res2', 'res3', 'res4'\]"):
         build({f"{H}IN_FEATURES": ["res2", "res3", "res4"]})
 
 

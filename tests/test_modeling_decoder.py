@@ -13,6 +13,7 @@ from test_modeling_criterion import sample
 from tiny_nuclei_model import tiny_config
 from torch import Tensor, nn
 
+from mask2former.errors import UserError
 from mask2former.modeling import TRANSFORMER_DECODER_REGISTRY, MultiScaleMaskedTransformerDecoder
 from mask2former.modeling.pixel_decoder.msdeformattn import cell_centres
 from mask2former.modeling.position_encoding import PositionEmbeddingSine
@@ -68,11 +69,12 @@ def test_cell_centres_are_x_then_y() -> None:
 
 
 def test_wrong_numbers_of_maps_and_layers_are_named() -> None:
-    with pytest.raises(ValueError, match="DEC_LAYERS"):
+    with pytest.raises(UserError, match="DEC_LAYERS"):
         MultiScaleMaskedTransformerDecoder(in_channels=8, num_classes=2, hidden_dim=8, nheads=2, dec_layers=0)
     decoder = MultiScaleMaskedTransformerDecoder(8, num_classes=2, hidden_dim=8, nheads=2, dec_layers=1, mask_dim=8)
-    with pytest.raises(ValueError, match="3 feature maps, but got 2"):
-        decoder([torch.zeros(1, 8, 2, 2)] * 2, torch.zeros(1, 8, 8, 8))
+    for maps, count in (([torch.zeros(1, 8, 2, 2)] * 2, 2), (torch.zeros(3, 8, 2, 2), 1)):
+        with pytest.raises(UserError, match=f"3 feature maps, but got {count}: .*TRANSFORMER_IN_FEATURE"):
+            decoder(maps, torch.zeros(1, 8, 8, 8))
 
 
 @pytest.mark.parametrize(("key", "name"), [("PRE_NORM", None), ("ENFORCE_INPUT_PROJ", "input_proj.0.weight")])

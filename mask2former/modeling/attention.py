@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 __all__ = ["MultiheadAttention", "initialize_matrices"]
 
 
@@ -22,8 +24,9 @@ class MultiheadAttention(nn.Module):
     def __init__(self, d_model: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if d_model % num_heads:
-            raise ValueError(
-                f"attention of width {d_model} can't be split into {num_heads} heads: make the width a multiple of them"
+            raise UserError(
+                f"attention of width {d_model} can't be split into {num_heads} heads (MODEL.MASK_FORMER.NHEADS): "
+                "make the width a multiple of them"
             )
         self.num_heads = num_heads
         self.dropout = dropout

@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from ..errors import UserError
 from ..structures import CroppedMasks, mask_boxes
 from .mask_nms import mask_nms
 from .predictions import Predictions
@@ -58,7 +59,7 @@ class InferenceSettings:
         if self.thing_classes is not None:  # a LazyConfig gives a list
             object.__setattr__(self, "thing_classes", frozenset(self.thing_classes))
         if self.tile_size and not 0 <= self.tile_overlap < self.tile_size:
-            raise ValueError(
+            raise UserError(
                 "tiles must share less than their side: "
                 f"TILE_SIZE is {self.tile_size}, TILE_OVERLAP {self.tile_overlap}"
             )

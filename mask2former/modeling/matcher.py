@@ -6,6 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .losses import cross_entropy_cost, dice_cost
 from .points import sample_points
 from .predictions import Predictions
@@ -25,7 +26,7 @@ class HungarianMatcher(nn.Module):
     def __init__(self, cost_class: float, cost_mask: float, cost_dice: float, num_points: int) -> None:
         super().__init__()
         if cost_class == cost_mask == cost_dice == 0:
-            raise ValueError("at least one of the matching costs must have a weight other than 0")
+            raise UserError("one of MODEL.MASK_FORMER.CLASS_WEIGHT, MASK_WEIGHT and DICE_WEIGHT must be other than 0")
         self.cost_class = cost_class
         self.cost_mask = cost_mask
         self.cost_dice = cost_dice

@@ -78,7 +78,10 @@ class PerPixelHead(RenamesOldWeights):
         if not self.training:
             return _resize(last, size), {}
         if targets is None:
-            raise ValueError("training a per-pixel head needs targets: a sample must have 'sem_seg'")
+            raise UserError(
+                "training a per-pixel head needs samples with 'sem_seg': set INPUT.DATASET_MAPPER_NAME to "
+                "mask_former_semantic"
+            )
         losses = {"loss_sem_seg": self._loss(_resize(last, size), targets)}
         for index, logits in enumerate(earlier):
             losses[f"loss_sem_seg_{index}"] = self._loss(_resize(logits, size), targets)

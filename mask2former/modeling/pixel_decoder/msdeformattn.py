@@ -15,6 +15,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ...ops import MSDeformAttn
 from ..position_encoding import PositionEmbeddingSine
 from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv
@@ -142,8 +143,9 @@ class MSDeformAttnPixelDecoder(nn.Module):
         by_stride = sorted(input_shape.items(), key=lambda item: item[1].stride)
         encoded = [(name, shape) for name, shape in by_stride if name in transformer_in_features]
         if len(encoded) < len(transformer_in_features):
-            raise ValueError(
-                f"the encoder is to see {list(transformer_in_features)}, but the features used are {list(input_shape)}"
+            raise UserError(
+                "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES must be some of IN_FEATURES, "
+                f"{list(input_shape)}, but is {list(transformer_in_features)}"
             )
         self.encoder_features = [name for name, _ in reversed(encoded)]  # coarse to fine
         self.input_proj = nn.ModuleList(_input_projection(s.channels, conv_dim) for _, s in reversed(encoded))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ..old_names import RenamesOldWeights
 from ..position_encoding import PositionEmbeddingSine
 from ..predictions import Predictions
@@ -62,7 +63,7 @@ class MultiScaleMaskedTransformerDecoder(RenamesOldWeights):
         if not mask_classification:
             raise ValueError("MultiScaleMaskedTransformerDecoder classifies masks: mask_classification must be True")
         if dec_layers < 1:
-            raise ValueError(f"dec_layers must be at least 1 (MASK_FORMER.DEC_LAYERS at least 2), but is {dec_layers}")
+            raise UserError(f"dec_layers must be at least 1 (MASK_FORMER.DEC_LAYERS at least 2), but is {dec_layers}")
         self.pe_layer = PositionEmbeddingSine(hidden_dim // 2, normalize=True)
         self.transformer_self_attention_layers = nn.ModuleList(
             SelfAttentionLayer(hidden_dim, nheads, pre_norm) for _ in range(dec_layers)
@@ -109,10 +110,14 @@ class MultiScaleMaskedTransformerDecoder(RenamesOldWeights):
             mask: not used; part of the interface of transformer decoders.
 
         Raises:
-            ValueError: if the number of maps is not three.
+            UserError: if the number of maps is not three.
         """
-        if len(maps) != NUM_FEATURE_LEVELS:
-            raise ValueError(f"the decoder attends to {NUM_FEATURE_LEVELS} feature maps, but got {len(maps)}")
+        if isinstance(maps, Tensor) or len(maps) != NUM_FEATURE_LEVELS:
+            raise UserError(
+                f"MultiScaleMaskedTransformerDecoder attends to {NUM_FEATURE_LEVELS} feature maps, but got "
+                f"{1 if isinstance(maps, Tensor) else len(maps)}: set MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE to "
+                '"multi_scale_pixel_decoder"'
+            )
         memories, positions = self._flatten(maps)
         level_features = [resize_mask_features(mask_features, x.shape[-2:]) for x in maps]
         batch = mask_features.shape[0]
