@@ -1,6 +1,5 @@
 """Fixtures shared by the tests."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from scripts import load_script
 from tiny_nuclei_model import one_thread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -33,10 +33,7 @@ def shared_data() -> Path:
 def convert_checkpoint() -> Callable[..., None]:
     """tools/convert_checkpoint.py, called with its arguments."""
     path = REPOSITORY / "tools" / "convert_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(path)
 
     def run(*arguments: str | Path) -> None:
         with pytest.MonkeyPatch.context() as patch:

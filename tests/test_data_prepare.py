@@ -1,6 +1,5 @@
 """The commands that make data sets: what they write, and what happens when they are stopped or files are broken."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 from PIL import Image
+from scripts import load_script
 
 from mask2former.data import panoptic_files
 from mask2former.data.annotations import ids_from_rgb, rgb_from_ids
@@ -24,22 +24,14 @@ from mask2former.data.panoptic_files import instances_to_panoptic, panoptic_from
 from mask2former.errors import UserError
 
 
-def load_command(repository: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, repository / "datasets" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def prepare_coco(repository: Path) -> ModuleType:
-    return load_command(repository, "prepare_coco_semantic_annos_from_panoptic_annos")
+    return load_script(repository / "datasets" / "prepare_coco_semantic_annos_from_panoptic_annos.py")
 
 
 @pytest.fixture(scope="module")
 def prepare_nuclei(repository: Path) -> ModuleType:
-    return load_command(repository, "prepare_nuclei")
+    return load_script(repository / "datasets" / "prepare_nuclei.py")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 from PIL import Image
+from scripts import load_script
 from tiny_nuclei_model import one_thread, write_tiny_model
 from torch import tensor
 
@@ -51,13 +51,6 @@ def demo(repository, tiny, monkeypatch, tmp_path):
 
     run.module, run.model = module, ("--config-file", str(recipe), "--weights", str(weights))
     return run
-
-
-def load_script(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def save_picture(path: Path, seed=0, size=(48, 40)):

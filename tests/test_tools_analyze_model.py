@@ -1,10 +1,8 @@
 """What models cost, against counts made by hand and by PyTorch's own counter."""
 
 import copy
-import importlib.util
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scripts import Program, program
 from tiny_dataset import tiny_dataset
 from tiny_nuclei_model import build_tiny_model, one_thread, write_tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mask2former.analysis import PARTS, count_activations, count_flops, time_parts
-from mask2former.errors import command
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,28 +112,13 @@ def test_parts_of_the_model(model: nn.Module) -> None:
     model.sem_seg_head.pixel_decoder.forward_features(model.backbone(sample()[0]["image"][None]))  # as before
 
 
-Program = Callable[..., tuple[int, str]]
-
-
 @pytest.fixture
 def analyze(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Program:
     """The command as a function of its arguments after --config-file: exit code, and what it prints."""
     recipe, _ = write_tiny_model(tmp_path)
-    spec = importlib.util.spec_from_file_location("analyze_model", repository / "tools" / "analyze_model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["analyze_model.py", "--config-file", str(recipe), *arguments])
-        with pytest.raises(SystemExit) as caught:
-            command(module.main)
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out + printed.err
-
-    return run
+    return program(repository / "tools" / "analyze_model.py", monkeypatch, capsys, ["--config-file", str(recipe)])
 
 
 def row(printed: str, name: str) -> list[str]:

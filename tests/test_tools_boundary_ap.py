@@ -1,10 +1,7 @@
 """Boundary IoU and boundary AP, against pixels counted by hand and OpenCV's erosion."""
 
-import importlib.util
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,9 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from scripts import Program, program
 
-from mask2former.errors import UserError, command
+from mask2former.errors import UserError
 from mask2former.evaluation.boundary import average_precision, boundary_iou, boundary_region
 
 SIDE = 100  # the diagonal is 141.4 pixels, 2 % of which are 3 pixels
@@ -163,26 +161,10 @@ def test_results_that_do_not_fit(change: dict[str, Any] | None, message: str) ->
         average_precision(truth_of(square()), [annotation(square(), score=1.0), result])
 
 
-Program = Callable[..., tuple[int, str]]
-
-
 @pytest.fixture
 def evaluate(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
     """The command as a function of its arguments: exit code, and what it prints."""
-    path = repository / "tools" / "evaluate_coco_boundary_ap.py"
-    spec = importlib.util.spec_from_file_location("evaluate_coco_boundary_ap", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate_coco_boundary_ap.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            command(module.main)
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out + printed.err
-
-    return run
+    return program(repository / "tools" / "evaluate_coco_boundary_ap.py", monkeypatch, capsys)
 
 
 def test_command(evaluate: Program, tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 """PQ of semantic segmentation, against panopticapi on files, and mIoU against Detectron2's evaluator."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import torch
 from detectron2.data import DatasetCatalog
 from perfect_outputs import perfect_semantic
 from PIL import Image
+from scripts import Program, program
 from tiny_dataset import TinyNames, tiny_dataset
 
-from mask2former.errors import command
 from mask2former.evaluation import SemanticEvaluator
 from mask2former.evaluation.semantic_quality import SemanticQuality
 
@@ -100,26 +98,10 @@ def test_no_picture() -> None:
     assert np.isnan(SemanticQuality(3).results().mean("pq"))
 
 
-Program = Callable[..., tuple[int, str]]
-
-
 @pytest.fixture
 def evaluate(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
     """The command as a function of its arguments: exit code, and what it prints."""
-    path = repository / "tools" / "evaluate_pq_for_semantic_segmentation.py"
-    spec = importlib.util.spec_from_file_location("evaluate_pq", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate_pq_for_semantic_segmentation.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            command(module.main)
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out + printed.err
-
-    return run
+    return program(repository / "tools" / "evaluate_pq_for_semantic_segmentation.py", monkeypatch, capsys)
 
 
 @pytest.fixture

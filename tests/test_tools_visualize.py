@@ -1,9 +1,7 @@
 """Result files drawn on the pictures."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ import pytest
 from detectron2.data import DatasetCatalog
 from perfect_outputs import decode, perfect_instances, perfect_semantic
 from PIL import Image
+from scripts import Program, program
 from tiny_dataset import TinyNames, tiny_dataset
 
-from mask2former.errors import command
 from mask2former.evaluation import InstanceSegEvaluator, SemanticEvaluator
 
-Program = Callable[..., tuple[int, str]]
 FACTOR = 4  # pictures of 64 pixels are drawn four times as large
 
 
@@ -31,20 +28,7 @@ def tiny(tmp_path: Path) -> Iterator[TinyNames]:
 @pytest.fixture
 def visualize(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
     """The command as a function of its arguments: exit code, and what it prints."""
-    path = repository / "tools" / "visualize_json_results.py"
-    spec = importlib.util.spec_from_file_location("visualize_json_results", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["visualize_json_results.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            command(module.main)
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out + printed.err
-
-    return run
+    return program(repository / "tools" / "visualize_json_results.py", monkeypatch, capsys)
 
 
 def write_results(tiny: TinyNames, folder: Path) -> tuple[Path, Path]:

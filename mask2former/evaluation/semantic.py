@@ -79,7 +79,7 @@ def read_truth(path: str, metadata: Metadata, dtype: npt.DTypeLike = int) -> np.
 
 
 def paint_predictions(
-    predictions: Sequence[dict[str, Any]], size: tuple[int, ...], metadata: Metadata, picture: str
+    predictions: Sequence[dict[str, Any]], size: tuple[int, int], metadata: Metadata, picture: str
 ) -> np.ndarray:
     """The classes (H, W) that a picture's records of ``sem_seg_predictions.json`` give, with their number elsewhere.
 
@@ -88,6 +88,7 @@ def paint_predictions(
     """
     num_classes = len(metadata.stuff_classes)
     contiguous_ids = metadata.get("stuff_dataset_id_to_contiguous_id") or {i: i for i in range(num_classes)}
+    height, width = size
     classes = np.full(size, num_classes)
     for prediction in predictions:
         category = prediction["category_id"]
@@ -96,6 +97,7 @@ def paint_predictions(
                 f"picture {picture} has a prediction of category_id {category}, which data set '{metadata.name}' does "
                 "not have: give the data set that it was made for"
             )
-        mask = decode_segmentation(prediction["segmentation"], *size, f"category {category} of picture {picture}")
+        name = f"category {category} of picture {picture}"
+        mask = decode_segmentation(prediction["segmentation"], height, width, name)
         classes[mask] = contiguous_ids[category]
     return classes
