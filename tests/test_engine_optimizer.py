@@ -1,14 +1,14 @@
 """Learning rates, decays and clipping of the optimizer, and the schedules."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipe_parts import load, schedule
 from tiny_nuclei_model import build_tiny_model
 from torch import nn
 
-from mask2former.engine import build_optimizer, load_recipe
+from mask2former.engine import build_optimizer
 from mask2former.errors import UserError
 
 LR, DECAY, NORM_DECAY, EMBED_DECAY, MULTIPLIER = 1e-3, 0.05, 0.01, 0.02, 0.1
@@ -184,39 +184,24 @@ def test_unknown_names(option: str, value: str) -> None:
         build(StandIn(), **{option: value})
 
 
-def rates_of_schedule(recipe_path: Path, options: list[str], steps: list[int]) -> list[float]:
-    """The learning rate at each step, for a base rate of 1."""
-    recipe = load_recipe(str(recipe_path), options)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = recipe.build_scheduler(optimizer)
-    rates = []
-    for step in steps:
-        scheduler.last_epoch = step - 1  # so that nothing has to go through the steps between
-        scheduler.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-    return rates
-
-
 def linear_warmup(step: int, factor: float, length: int) -> float:
     return factor + (1 - factor) * step / length if step < length else 1.0
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_polynomial_schedule(repository: Path) -> None:
+def test_polynomial_schedule() -> None:
     steps = [*range(0, 2000, 111), 1900, 1995, 1999]
     options = "SOLVER.MAX_ITER 2000 SOLVER.WARMUP_ITERS 300 SOLVER.WARMUP_FACTOR 0.01 SOLVER.POLY_LR_POWER 0.9"
     options += " SOLVER.POLY_LR_CONSTANT_ENDING 0.02"
-    rates = rates_of_schedule(repository / "configs" / "quick" / "nuclei.yaml", options.split(), steps)
+    rates = schedule(load("quick/nuclei.yaml", *options.split()), steps)
     expected = [max((1 - step / 2000) ** 0.9, 0.02) * linear_warmup(step, 0.01, 300) for step in steps]
     assert rates == pytest.approx(expected, rel=1e-6)
     assert rates[-1] == pytest.approx(0.02)
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_multi_step_schedule(repository: Path) -> None:
-    recipe = repository / "configs" / "coco" / "panoptic-segmentation" / "maskformer2_R50_bs16_50ep.yaml"
+def test_multi_step_schedule() -> None:
+    recipe = "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
     steps = [*range(0, 368750, 21000), 327777, 327778, 355091, 355092, 368749]
     expected = [0.1 ** sum(step >= milestone for milestone in (327778, 355092)) for step in steps]
-    assert rates_of_schedule(recipe, [], steps) == pytest.approx(expected, rel=1e-6)
-    warm = rates_of_schedule(recipe, ["SOLVER.WARMUP_FACTOR", "0.1", "SOLVER.WARMUP_ITERS", "1000"], [0, 250, 999])
+    assert schedule(load(recipe), steps) == pytest.approx(expected, rel=1e-6)
+    warm = schedule(load(recipe, "SOLVER.WARMUP_FACTOR", "0.1", "SOLVER.WARMUP_ITERS", "1000"), [0, 250, 999])
     assert warm == pytest.approx([linear_warmup(step, 0.1, 1000) for step in (0, 250, 999)], rel=1e-6)
