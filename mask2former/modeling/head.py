@@ -59,9 +59,8 @@ class MaskFormerHead(RenamesOldWeights):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         head = cfg.MODEL.SEM_SEG_HEAD
         in_channels = transformer_in_channels(cfg, input_shape)
-        used = {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES}
         return {
-            "pixel_decoder": build_pixel_decoder(cfg, used),
+            "pixel_decoder": build_pixel_decoder(cfg, input_shape),
             "transformer_predictor": build_transformer_decoder(cfg, in_channels, mask_classification=True),
             "transformer_in_feature": cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE,
             "num_classes": head.NUM_CLASSES,

@@ -47,10 +47,9 @@ class PerPixelHead(RenamesOldWeights):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         head = cfg.MODEL.SEM_SEG_HEAD
-        used = {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES}
         return {
-            "input_shape": used,
-            "pixel_decoder": build_pixel_decoder(cfg, used),
+            "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
+            "pixel_decoder": build_pixel_decoder(cfg, input_shape),
             "loss_weight": head.LOSS_WEIGHT,
             "ignore_value": head.IGNORE_VALUE,
         }

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from ..position_encoding import PositionEmbeddingSine
 from ..transformer import TransformerEncoderOnly
 
-__all__ = ["NUM_DECODER_LEVELS", "BasePixelDecoder", "TransformerEncoderPixelDecoder", "lateral_conv", "output_conv"]
+__all__ = [
+    "NUM_DECODER_LEVELS",
+    "BasePixelDecoder",
+    "TransformerEncoderPixelDecoder",
+    "lateral_conv",
+    "output_conv",
+    "pyramid_arguments",
+]
 
 NUM_DECODER_LEVELS = 3  # maps handed to the transformer decoder
 
@@ -56,13 +63,7 @@ class BasePixelDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        head = cfg.MODEL.SEM_SEG_HEAD
-        return {
-            "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
-            "conv_dim": head.CONVS_DIM,
-            "mask_dim": head.MASK_DIM,
-            "norm": head.NORM,
-        }
+        return pyramid_arguments(cfg, input_shape)
 
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Decode backbone features.
@@ -146,6 +147,17 @@ class TransformerEncoderPixelDecoder(BasePixelDecoder):
         encoded = self.transformer(x, self.pe_layer(x.shape[-2], x.shape[-1], x.device))
         mask_features, _, maps = super().forward_features({**features, self.coarsest: encoded})
         return mask_features, encoded, maps
+
+
+def pyramid_arguments(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+    """Arguments that all pixel decoders take: the features used, and the pyramid's widths and norm."""
+    head = cfg.MODEL.SEM_SEG_HEAD
+    return {
+        "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
+        "conv_dim": head.CONVS_DIM,
+        "mask_dim": head.MASK_DIM,
+        "norm": head.NORM,
+    }
 
 
 def lateral_conv(in_channels: int, out_channels: int, norm: Norm) -> Conv2d:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...ops import MSDeformAttn
 from ..position_encoding import PositionEmbeddingSine
-from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv
+from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv, pyramid_arguments
 
 __all__ = ["MSDeformAttnPixelDecoder"]
 
@@ -172,10 +172,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         head = cfg.MODEL.SEM_SEG_HEAD
         return {
-            "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
-            "conv_dim": head.CONVS_DIM,
-            "mask_dim": head.MASK_DIM,
-            "norm": head.NORM,
+            **pyramid_arguments(cfg, input_shape),
             "transformer_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
             "transformer_dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
             "transformer_nheads": cfg.MODEL.MASK_FORMER.NHEADS,

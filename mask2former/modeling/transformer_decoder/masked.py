@@ -15,7 +15,7 @@ from ...errors import UserError
 from ..old_names import RenamesOldWeights
 from ..position_encoding import PositionEmbeddingSine
 from ..predictions import Predictions
-from .build import TRANSFORMER_DECODER_REGISTRY
+from .build import TRANSFORMER_DECODER_REGISTRY, common_arguments
 from .layers import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer, input_projection
 
 __all__ = ["MultiScaleMaskedTransformerDecoder"]
@@ -86,19 +86,10 @@ class MultiScaleMaskedTransformerDecoder(RenamesOldWeights):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool) -> dict[str, Any]:
-        mask_former = cfg.MODEL.MASK_FORMER
+        # DEC_LAYERS counts predictions, of which one is made before the first layer.
         return {
-            "in_channels": in_channels,
-            "mask_classification": mask_classification,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "hidden_dim": mask_former.HIDDEN_DIM,
-            "num_queries": mask_former.NUM_OBJECT_QUERIES,
-            "nheads": mask_former.NHEADS,
-            "dim_feedforward": mask_former.DIM_FEEDFORWARD,
-            "dec_layers": mask_former.DEC_LAYERS - 1,
-            "pre_norm": mask_former.PRE_NORM,
-            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
-            "enforce_input_project": mask_former.ENFORCE_INPUT_PROJ,
+            **common_arguments(cfg, in_channels, mask_classification),
+            "dec_layers": cfg.MODEL.MASK_FORMER.DEC_LAYERS - 1,
         }
 
     def forward(self, maps: Sequence[Tensor], mask_features: Tensor, mask: Tensor | None = None) -> Predictions:

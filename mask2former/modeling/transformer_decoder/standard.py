@@ -13,7 +13,7 @@ from ...errors import UserError
 from ..position_encoding import PositionEmbeddingSine
 from ..predictions import Predictions
 from ..transformer import Transformer
-from .build import TRANSFORMER_DECODER_REGISTRY
+from .build import TRANSFORMER_DECODER_REGISTRY, common_arguments
 from .layers import MLP, input_projection
 
 __all__ = ["StandardTransformerDecoder"]
@@ -82,20 +82,11 @@ class StandardTransformerDecoder(nn.Module):
     def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool) -> dict[str, Any]:
         mask_former = cfg.MODEL.MASK_FORMER
         return {
-            "in_channels": in_channels,
-            "mask_classification": mask_classification,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "hidden_dim": mask_former.HIDDEN_DIM,
-            "num_queries": mask_former.NUM_OBJECT_QUERIES,
-            "nheads": mask_former.NHEADS,
+            **common_arguments(cfg, in_channels, mask_classification),
             "dropout": mask_former.DROPOUT,
-            "dim_feedforward": mask_former.DIM_FEEDFORWARD,
             "enc_layers": mask_former.ENC_LAYERS,
             "dec_layers": mask_former.DEC_LAYERS,
-            "pre_norm": mask_former.PRE_NORM,
             "deep_supervision": mask_former.DEEP_SUPERVISION,
-            "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
-            "enforce_input_project": mask_former.ENFORCE_INPUT_PROJ,
         }
 
     def forward(self, x: Tensor, mask_features: Tensor, mask: Tensor | None = None) -> Predictions:
