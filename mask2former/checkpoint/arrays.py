@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pickles import Unfinished
+from .pickles import Unfinished, as_key
 from .torch_files import load_torch
 
 __all__ = ["ARRAY_PARTS"]
@@ -107,13 +107,7 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 def _ordered_dict(items: Any = ()) -> OrderedDict[Any, Any]:
     """With its items where Python 2 wrote it; they follow otherwise."""
-    return OrderedDict((_as_key(key), value) for key, value in items)
-
-
-def _as_key(key: Any) -> str | int:
-    if not isinstance(key, str | int):
-        raise UnpicklingError(f"it has a {type(key).__name__} as a key")
-    return key
+    return OrderedDict((as_key(key), value) for key, value in items)
 
 
 def _are_sizes(values: tuple[Any, ...]) -> bool:

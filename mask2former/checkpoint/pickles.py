@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
-__all__ = ["Unfinished", "read_pickle"]
+__all__ = ["Unfinished", "as_key", "read_pickle"]
 
 Parts = Mapping[str, Callable[..., Any]]
 
@@ -127,9 +127,7 @@ class _Machine:
 
     def set_items(self, target: dict[Any, Any], items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int):
-                raise UnpicklingError(f"it has a {type(key).__name__} as a key")
-            target[key] = value
+            target[as_key(key)] = value
         self.stack.append(target)
 
     def push_global(self, name: str) -> None:
@@ -161,6 +159,13 @@ class _Machine:
         item = self.memo[index]
         finished = isinstance(item, Unfinished) and item.result is not None
         self.stack.append(item.result if finished else item)
+
+
+def as_key(key: Any) -> str | int:
+    """A key that is safe to hash. Raises ``UnpicklingError`` for others."""
+    if not isinstance(key, str | int):
+        raise UnpicklingError(f"it has a {type(key).__name__} as a key")
+    return key
 
 
 def _keep_versions(weights: Any, state: Any) -> None:

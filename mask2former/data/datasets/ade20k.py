@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from .catalog import read_classes, register
-from .panoptic import load_panoptic, panoptic_metadata
+from .panoptic import panoptic_metadata, register_panoptic_by_name
 
 __all__ = ["register_ade20k"]
 
@@ -24,12 +24,17 @@ def register_ade20k(root: str) -> None:
         instances_json = os.path.join(folder, f"ade20k_instance_{split}.json")
         _add_colors(f"ade20k_sem_seg_{split}")
         _register_instances(f"ade20k_instance_{split}", image_root, instances_json)
-        _register_panoptic(
+        register_panoptic_by_name(
             f"ade20k_panoptic_{split}",
+            panoptic_metadata(read_classes("ade20k"), things_first=False),
             image_root,
             panoptic_root=os.path.join(folder, f"ade20k_panoptic_{split}"),
+            panoptic_json=os.path.join(folder, f"ade20k_panoptic_{split}.json"),
             sem_seg_root=os.path.join(folder, "annotations_detectron2", subfolder),
-            instances_json=instances_json,
+            hint=_HINT,
+            json_file=instances_json,
+            evaluator_type="ade20k_panoptic_seg",
+            ignore_label=255,
         )
 
 
@@ -49,23 +54,4 @@ def _register_instances(name: str, image_root: str, instances_json: str) -> None
         evaluator_type="coco",
         thing_dataset_id_to_contiguous_id={category["id"]: index for index, category in enumerate(classes)},
         thing_classes=[category["name"] for category in classes],
-    )
-
-
-def _register_panoptic(name: str, image_root: str, panoptic_root: str, sem_seg_root: str, instances_json: str) -> None:
-    metadata = panoptic_metadata(read_classes("ade20k"), things_first=False)
-    panoptic_json = f"{panoptic_root}.json"
-    register(
-        name,
-        lambda: load_panoptic(
-            panoptic_json, image_root, panoptic_root, sem_seg_root, metadata, picture_ext=".jpg", hint=_HINT
-        ),
-        panoptic_root=panoptic_root,
-        image_root=image_root,
-        panoptic_json=panoptic_json,
-        json_file=instances_json,
-        evaluator_type="ade20k_panoptic_seg",
-        ignore_label=255,
-        label_divisor=1000,
-        **metadata,
     )

@@ -7,9 +7,9 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UserError
-from .catalog import Category
+from .catalog import Category, register
 
-__all__ = ["load_json", "load_panoptic", "panoptic_metadata", "register_panoptic"]
+__all__ = ["load_json", "load_panoptic", "panoptic_metadata", "register_panoptic", "register_panoptic_by_name"]
 
 
 def panoptic_metadata(categories: list[Category], *, things_first: bool = True) -> dict[str, Any]:
@@ -84,6 +84,35 @@ def register_panoptic(
         ignore_label=255,
         label_divisor=1000,
         **metadata,
+    )
+
+
+def register_panoptic_by_name(
+    name: str,
+    metadata: dict[str, Any],
+    image_root: str,
+    panoptic_root: str,
+    panoptic_json: str,
+    sem_seg_root: str,
+    *,
+    hint: str,
+    **more_metadata: Any,
+) -> None:
+    """Register a panoptic data set whose pictures are ``*.jpg`` with their annotations' names, unless it is already.
+
+    The metadata are those that the published code has for ADE20K and Mapillary Vistas.
+    """
+    register(
+        name,
+        lambda: load_panoptic(
+            panoptic_json, image_root, panoptic_root, sem_seg_root, metadata, picture_ext=".jpg", hint=hint
+        ),
+        panoptic_root=panoptic_root,
+        image_root=image_root,
+        panoptic_json=panoptic_json,
+        label_divisor=1000,
+        **metadata,
+        **more_metadata,
     )
 
 
