@@ -19,7 +19,7 @@ from ..errors import UserError
 from .hooks import ConsoleWriter, LRScheduler, SaveOnInterrupt
 from .recipe import Recipe, TestSet
 
-__all__ = ["evaluate", "train"]
+__all__ = ["evaluate", "evaluate_augmented", "evaluate_weights", "train"]
 
 Results = dict[str, Any]
 
