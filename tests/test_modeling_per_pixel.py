@@ -1,6 +1,7 @@
 """The per-pixel baselines, in Detectron2's ``SemanticSegmentor``."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,23 @@ def test_baseline_classifies_mask_features() -> None:
     torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.parametrize("deep_supervision", [True, False])
-def test_plus_trains_every_layer(deep_supervision: bool) -> None:
-    layers, targets = [torch.randn(2, K, 8, 10) for _ in range(3)], labels()
-    head = PerPixelBaselinePlusHead(
+def plus_head(layers: list[Tensor], **values: Any) -> PerPixelBaselinePlusHead:
+    """A head whose transformer decoder gives these logits, layer by layer."""
+    return PerPixelBaselinePlusHead(
         SHAPES,
         num_classes=K,
         pixel_decoder=Given(),
         transformer_predictor=Given(layers=layers),
         transformer_in_feature="res5",
-        deep_supervision=deep_supervision,
-        loss_weight=0.5,
         ignore_value=IGNORED,
+        **values,
     )
+
+
+@pytest.mark.parametrize("deep_supervision", [True, False])
+def test_plus_trains_every_layer(deep_supervision: bool) -> None:
+    layers, targets = [torch.randn(2, K, 8, 10) for _ in range(3)], labels()
+    head = plus_head(layers, deep_supervision=deep_supervision, loss_weight=0.5)
     _, losses = head.train()(FEATURES, targets)
     expected = {"loss_sem_seg": layers[2]}
     if deep_supervision:
@@ -106,14 +111,7 @@ def test_plus_trains_every_layer(deep_supervision: bool) -> None:
 def test_pixels_that_the_backbone_adds_have_no_loss() -> None:
     """Pictures of 30 x 37 pixels have features of 8 x 10 cells."""
     layers, targets = [torch.randn(2, K, 8, 10)], labels()[:, :30, :37]
-    head = PerPixelBaselinePlusHead(
-        SHAPES,
-        num_classes=K,
-        pixel_decoder=Given(),
-        transformer_predictor=Given(layers=layers),
-        transformer_in_feature="res5",
-        ignore_value=IGNORED,
-    )
+    head = plus_head(layers)
     _, losses = head(FEATURES, targets)
     resized = F.interpolate(layers[0], scale_factor=4, mode="bilinear", align_corners=False)[..., :30, :37]
     torch.testing.assert_close(losses["loss_sem_seg"], F.cross_entropy(resized, targets, ignore_index=IGNORED))
@@ -226,8 +224,9 @@ def test_queries_other_than_classes_are_named(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("head", ["PerPixelBaselineHead", "PerPixelBaselinePlusHead"])
-def test_a_recipe_trains_and_evaluates(head: str, tmp_path: Path) -> None:
+def test_a_recipe_trains_and_evaluates(head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """From files: the semantic mapper's samples have what the head is trained with."""
+    caplog.set_level(logging.INFO, logger="mask2former")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     options = {
         "MODEL.META_ARCHITECTURE": "SemanticSegmentor",
@@ -246,5 +245,7 @@ def test_a_recipe_trains_and_evaluates(head: str, tmp_path: Path) -> None:
     (tmp_path / "output").mkdir()
     with tiny_dataset(tmp_path / "data"), one_thread():
         arguments = [word for option in options.items() for word in option]
-        results = train(load_recipe(str(tmp_path / "recipe.yaml"), arguments))
+        results = train(replace(load_recipe(str(tmp_path / "recipe.yaml"), arguments), log_period=1))
     assert 0 <= results["sem_seg"]["mIoU"] <= 100
+    # A head with one loss has it as total_loss.
+    assert ("  loss_sem_seg " in caplog.text) == (head == "PerPixelBaselinePlusHead")

@@ -73,7 +73,7 @@ class ConsoleWriter(EventWriter):
         window: steps over which values are smoothed by their median.
     """
 
-    LOSSES = ("total_loss", "loss_ce", "loss_mask", "loss_dice")
+    LOSSES = ("total_loss", "loss_ce", "loss_mask", "loss_dice", "loss_sem_seg")
 
     def __init__(self, max_iter: int, window: int = 20) -> None:
         self._logger = logging.getLogger(__name__)
