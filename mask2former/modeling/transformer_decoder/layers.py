@@ -1,6 +1,6 @@
 """Attention and feed-forward layers of the transformer decoder.
 
-Every layer adds its result to its input. ``normalize_before`` norms the input (pre-norm), else the sum.
+Every layer adds its result to its input. ``pre_norm`` norms the input (pre-norm), else the sum.
 Letters: ``B`` batch, ``Q`` queries, ``S`` keys, ``C`` channels.
 """
 
@@ -19,29 +19,29 @@ __all__ = ["MLP", "CrossAttentionLayer", "FFNLayer", "SelfAttentionLayer", "inpu
 class SelfAttentionLayer(nn.Module):
     """Queries attend to one another."""
 
-    def __init__(self, d_model: int, nhead: int, normalize_before: bool = False) -> None:
+    def __init__(self, d_model: int, nhead: int, pre_norm: bool = False) -> None:
         super().__init__()
         self.self_attn = MultiheadAttention(d_model, nhead)
         self.norm = nn.LayerNorm(d_model)
-        self.normalize_before = normalize_before
+        self.pre_norm = pre_norm
         initialize_matrices(self)
 
     def forward(self, x: Tensor, query_position: Tensor) -> Tensor:
         """Map queries (B, Q, C) with their positions (B, Q, C) to (B, Q, C)."""
-        value = self.norm(x) if self.normalize_before else x
+        value = self.norm(x) if self.pre_norm else x
         key = value + query_position
         x = x + self.self_attn(key, key, value)
-        return x if self.normalize_before else self.norm(x)
+        return x if self.pre_norm else self.norm(x)
 
 
 class CrossAttentionLayer(nn.Module):
     """Queries attend to the cells of a feature map (masked attention, paper equation 2)."""
 
-    def __init__(self, d_model: int, nhead: int, normalize_before: bool = False) -> None:
+    def __init__(self, d_model: int, nhead: int, pre_norm: bool = False) -> None:
         super().__init__()
         self.multihead_attn = MultiheadAttention(d_model, nhead)
         self.norm = nn.LayerNorm(d_model)
-        self.normalize_before = normalize_before
+        self.pre_norm = pre_norm
         initialize_matrices(self)
 
     def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor, bias: Tensor) -> Tensor:
@@ -52,27 +52,27 @@ class CrossAttentionLayer(nn.Module):
             memory: (B, S, C); position: (1, S, C), added to the keys and not to the values.
             bias: (B, 1, Q, S), 0 where a query may attend and -inf where it may not.
         """
-        query = (self.norm(x) if self.normalize_before else x) + query_position
+        query = (self.norm(x) if self.pre_norm else x) + query_position
         x = x + self.multihead_attn(query, memory + position, memory, bias)
-        return x if self.normalize_before else self.norm(x)
+        return x if self.pre_norm else self.norm(x)
 
 
 class FFNLayer(nn.Module):
     """Two linear layers with a ReLU between them, query by query."""
 
-    def __init__(self, d_model: int, dim_feedforward: int, normalize_before: bool = False) -> None:
+    def __init__(self, d_model: int, dim_feedforward: int, pre_norm: bool = False) -> None:
         super().__init__()
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm = nn.LayerNorm(d_model)
-        self.normalize_before = normalize_before
+        self.pre_norm = pre_norm
         initialize_matrices(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, Q, C) to (B, Q, C)."""
-        hidden = self.norm(x) if self.normalize_before else x
+        hidden = self.norm(x) if self.pre_norm else x
         x = x + self.linear2(F.relu(self.linear1(hidden)))
-        return x if self.normalize_before else self.norm(x)
+        return x if self.pre_norm else self.norm(x)
 
 
 class MLP(nn.Module):
