@@ -129,3 +129,11 @@ def test_old_names_can_be_renamed_before_loading(cfg: Any) -> None:
     assert set(old) == set(state) and all(torch.equal(old[name], state[name]) for name in state)
     rename_old_weights(model, old)
     assert set(old) == set(state)
+
+
+def test_a_parameter_of_the_head_itself_keeps_its_name() -> None:
+    """As one that a class derived from it may have."""
+    model, other = (build(MODELS["MaskFormerHead"], seed=0) for _ in range(2))
+    model.sem_seg_head.scale, other.sem_seg_head.scale = (nn.Parameter(torch.tensor(x)) for x in (2.0, 1.0))
+    other.load_state_dict(dict(model.state_dict()), strict=True)
+    assert other.sem_seg_head.scale == 2

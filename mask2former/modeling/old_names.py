@@ -45,7 +45,7 @@ class RenamesOldWeights(nn.Module):
             )
 
     def _new_name(self, name: str) -> str:
-        if name.partition(".")[0] in self._modules:
+        if hasattr(self, name.partition(".")[0]):
             return name
         for old, new in self.renamed.items():
             if name.startswith(old):
