@@ -167,8 +167,9 @@ def test_mistakes(tiny: TinyNames, evaluate: Program, predictions: tuple[Path, f
         assert message in error(path)
     path.write_text("[]")
     assert "has no predictions" in error(path)
-    path.write_text("[{}]")
-    assert "is not a file of semantic predictions" in error(path)
+    for other in ("[{}]", "[1]", "{}"):
+        path.write_text(other)
+        assert "is not a file of semantic predictions" in error(path)
     path.write_text(json.dumps(content))
     label_file = DatasetCatalog.get(tiny.panoptic)[0]["sem_seg_file_name"]
     Image.fromarray(np.full((64, 64), 9, np.uint8)).save(label_file)

@@ -109,6 +109,7 @@ def test_mistakes(tiny: TinyNames, visualize: Program, tmp_path: Path) -> None:
         return printed.splitlines()[-1]
 
     assert "cannot read" in error("--input", str(tmp_path / "nowhere.json"))
+    assert "001.png is not valid JSON" in error("--input", str(tmp_path / "tiny/images/001.png"))
     assert "--conf-threshold is 2.0" in error("--input", str(results), "--conf-threshold", "2")
     assert "--max-pictures is 0, expected at least 1" in error("--input", str(results), "--max-pictures", "0")
     content = json.loads(results.read_text())

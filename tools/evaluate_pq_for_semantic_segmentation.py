@@ -71,8 +71,10 @@ def _read_predictions(path: str, dataset_name: str, known: Mapping[str, str]) ->
     """The predictions of each picture, by its name without folder and ending."""
     content = read_json("predictions", path)
     needed = {"file_name", "category_id", "segmentation"}
-    if not isinstance(content, list) or any(needed - set(prediction) for prediction in content):
-        raise UserError(f"{path} is not a file of semantic predictions: expected a list with {', '.join(needed)} each")
+    if not isinstance(content, list) or not all(isinstance(p, dict) and needed <= p.keys() for p in content):
+        raise UserError(
+            f"{path} is not a file of semantic predictions: expected a list with {', '.join(sorted(needed))} each"
+        )
     if not content:
         raise UserError(f"{path} has no predictions: there is nothing to evaluate")
     by_picture: dict[str, list[Prediction]] = defaultdict(list)

@@ -22,7 +22,7 @@ def reading(what: str, path: str) -> Iterator[None]:
         raise UserError(f"{what}: {path} is not a picture") from error
     except OSError as error:
         raise UserError(f"{what}: cannot read {path} ({error.strerror or error})") from error
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{what}: {path} is not valid JSON ({error})") from error
 
 
