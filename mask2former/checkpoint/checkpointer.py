@@ -67,19 +67,21 @@ class Checkpointer(DetectionCheckpointer):
         replace_file(path, lambda temporary: torch.save(state, temporary))
         self.tag_last_checkpoint(f"{name}.pth")
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a file, an address, or a folder of Hugging Face's.
 
         ``?matching_heuristics=True`` behind the path matches names that lack the prefix they have in the
         model, as in Detectron2.
 
         Raises:
-            UserError: if it can't be fetched or read, or fits this model nowhere.
+            UserError: if it can't be fetched or read, or fits this model nowhere; or if its run is to go on and
+                another program began it.
         """
         if path:
             path = _find(path)
+        self._with_trainer = "trainer" in (self.checkpointables if checkpointables is None else checkpointables)
         try:
-            return super().load(path, *args, **kwargs)
+            return super().load(path, checkpointables)
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set when loading fails
 
@@ -88,6 +90,11 @@ class Checkpointer(DetectionCheckpointer):
         del content["left_out"]  # what stays here is handed on as the run's state
         if self._parsed_url_during_load is not None and self._parsed_url_during_load.query:
             content["matching_heuristics"] = True
+        if self._with_trainer and "_trainer" in content.get("trainer", ()):  # as Detectron2's DefaultTrainer nests it
+            raise UserError(
+                f"checkpoint {filename} is of a run that another program began, whose optimizer's state doesn't fit: "
+                "start a run of its own from its weights, without --resume and with MODEL.WEIGHTS set to this file"
+            )
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
