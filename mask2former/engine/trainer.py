@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..errors import UserError
+from .curves import CurvesWriter
 from .hooks import ConsoleWriter, LRScheduler, SaveOnInterrupt
 from .recipe import Recipe, TestSet
 
@@ -153,6 +154,7 @@ def _writers(recipe: Recipe) -> list[Any]:
         ConsoleWriter(recipe.max_iter, recipe.log_period),
         JSONWriter(f"{recipe.output_dir}/metrics.json"),
         TensorboardXWriter(recipe.output_dir),
+        CurvesWriter(recipe.output_dir),
     ]
 
 
