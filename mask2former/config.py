@@ -195,3 +195,12 @@ def _add_own_keys(cfg: CfgNode) -> None:
     timm.NORM = "FrozenBN"
     # Epsilon of the batch norms (None: timm's).
     timm.BN_EPS = None
+
+    # Keep the weights that are best by this metric of the evaluation, such as "segm/AP" or "panoptic_seg/PQ", as
+    # model_best.pth ("": don't).
+    cfg.TEST.BEST_METRIC = ""
+    # End the run when so many evaluations in a row were no better by TEST.BEST_METRIC (0: off).
+    cfg.SOLVER.EARLY_STOPPING_PATIENCE = 0
+    # Average the weights over the steps with this decay, evaluate the average, and save it as model_ema.pth (0: off).
+    # The steps that count are about the last 1 / (1 - decay).
+    cfg.SOLVER.EMA_DECAY = 0.0

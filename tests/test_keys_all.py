@@ -54,6 +54,9 @@ TESTED_ELSEWHERE = {
     "TEST.AUG.MIN_SIZES": "test_tta.py",
     "TEST.EVAL_PERIOD": "test_engine_train.py",
     # Ours, off by default.
+    "SOLVER.EARLY_STOPPING_PATIENCE": "test_engine_selection.py",
+    "SOLVER.EMA_DECAY": "test_engine_selection.py",
+    "TEST.BEST_METRIC": "test_engine_selection.py",
     "INPUT.SCALE_TEST": "test_data_mapper.py",
     "MODEL.MASK_FORMER.TEST.INSTANCE_SCORE_THRESHOLD": "test_modeling_inference.py",
     "MODEL.MASK_FORMER.TEST.MASK_NMS_THRESHOLD": "test_modeling_inference.py",

@@ -77,6 +77,9 @@ class Recipe:
         build_optimizer: from the model; build_scheduler: from the optimizer; build_train_loader: endless batches.
         test_sets: what is evaluated.
         augmented_test: what is evaluated besides by ``--eval-only``, with test-time augmentation; None: nothing.
+        best_metric: the weights that are best by it are kept, for example "segm/AP"; "": they are not.
+        patience: evaluations that are no better than the best, after which the run ends; 0: it goes on.
+        ema_decay: of the moving average of the weights, which is then what is evaluated; 0: no average.
     """
 
     config: CfgNode | DictConfig
@@ -96,6 +99,9 @@ class Recipe:
     build_train_loader: Callable[[], Iterable[Batch]]
     test_sets: list[TestSet]
     augmented_test: AugmentedTest | None = None
+    best_metric: str = ""
+    patience: int = 0
+    ema_decay: float = 0.0
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> CfgNode | DictConfig:
@@ -203,6 +209,9 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
             {"semantic_on": test.SEMANTIC_ON, "panoptic_on": test.PANOPTIC_ON, "instance_on": test.INSTANCE_ON},
         ),
         augmented_test=augmented_test,
+        best_metric=cfg.TEST.BEST_METRIC,
+        patience=cfg.SOLVER.EARLY_STOPPING_PATIENCE,
+        ema_decay=cfg.SOLVER.EMA_DECAY,
     )
 
 
@@ -291,6 +300,9 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         build_train_loader=lambda: instantiate(cfg.dataloader.train),
         test_sets=test_sets,
         augmented_test=augmented_test,
+        best_metric=train.get("best_metric", ""),
+        patience=train.get("early_stopping_patience", 0),
+        ema_decay=train.get("ema_decay", 0.0),
     )
 
 

@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..errors import UserError
+from .best_checkpoint import StoppedEarly
 
 __all__ = ["available_device", "setup_run"]
 
@@ -42,5 +43,5 @@ def setup_run(cfg: Any, args: argparse.Namespace) -> None:
 
 
 def _is_no_user_error(record: logging.LogRecord) -> bool:
-    """False for the traceback of a user's mistake, which the command reports in one line."""
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError | KeyboardInterrupt))
+    """False for the traceback of a user's mistake or of a run's early end, which is reported in one line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError | KeyboardInterrupt | StoppedEarly))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, SimpleTrainer, hooks
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..errors import UserError
+from .best_checkpoint import BestCheckpointer, EarlyStopping, StoppedEarly
 from .curves import CurvesWriter
+from .ema import WeightAverage
 from .hooks import ConsoleWriter, LRScheduler, SaveOnInterrupt
 from .recipe import Recipe, TestSet
 
@@ -34,7 +36,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
 
     Returns:
         The last evaluation's results, on the main process.
+
+    Raises:
+        UserError: if the recipe's numbers don't go together.
     """
+    _check_selection(recipe)
     model = recipe.build_model()
     optimizer = recipe.build_optimizer(model)
     scheduler = recipe.build_scheduler(optimizer)
@@ -43,17 +49,19 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     parallel_model = _for_all_ranks(model)
     amp = recipe.amp and torch.device(recipe.device).type == "cuda"
     trainer = (AMPTrainer if amp else SimpleTrainer)(parallel_model, loader, optimizer)
-    checkpointer = Checkpointer(model, recipe.output_dir, trainer=trainer)
+    average = _average(recipe, model)
+    checkpointer = Checkpointer(model, recipe.output_dir, trainer=trainer, **_averaged_state(average))
     results: Results = {}
 
     def evaluate_now() -> Results:
-        results.update(evaluate(recipe, model))
+        results.update(evaluate(recipe, average.model if average else model))
         return results
 
     main = comm.is_main_process()
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
+            average,
             LRScheduler(optimizer, scheduler),
             hooks.PeriodicCheckpointer(
                 checkpointer, recipe.checkpoint_period, recipe.max_iter, max_to_keep=recipe.max_checkpoints
@@ -61,6 +69,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
             if main
             else None,
             hooks.EvalHook(recipe.eval_period, evaluate_now) if recipe.test_sets else None,
+            *_selection(recipe, average.state.module if average else model, checkpointer),
             hooks.PeriodicWriter(_writers(recipe), recipe.log_period) if main else None,
             SaveOnInterrupt(checkpointer),
         ]
@@ -70,10 +79,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     start_iter = trainer.iter + 1 if resumed else 0
     if start_iter >= recipe.max_iter:
         logging.getLogger(__name__).info("the run is complete: %d of %d steps", start_iter, recipe.max_iter)
-        results = evaluate(recipe, model)
+        results = evaluate(recipe, average.model if average else model)
         _verify(recipe, results)
         return results
-    trainer.train(start_iter, recipe.max_iter)
+    try:
+        trainer.train(start_iter, recipe.max_iter)
+    except StoppedEarly as end:
+        logging.getLogger(__name__).info(end)
     _verify(recipe, results)
     return results
 
@@ -117,11 +129,47 @@ def evaluate_weights(recipe: Recipe, *, resume: bool = False) -> Results:
     With test-time augmentation too where the recipe asks for it, see :func:`evaluate_augmented`.
     """
     model = recipe.build_model()
-    Checkpointer(model, recipe.output_dir).resume_or_load(recipe.weights, resume=resume)
+    average = _average(recipe, model) if resume else None
+    checkpointer = Checkpointer(model, recipe.output_dir, **_averaged_state(average))
+    checkpointer.resume_or_load(recipe.weights, resume=resume)
+    model = average.model if average else model
     results = evaluate(recipe, model)
     results.update(evaluate_augmented(recipe, model))
     _verify(recipe, results)
     return results
+
+
+def _check_selection(recipe: Recipe) -> None:
+    if not 0 <= recipe.ema_decay < 1:
+        raise UserError(f"SOLVER.EMA_DECAY is {recipe.ema_decay}, expected 0 (off) or less than 1, such as 0.999")
+    if recipe.best_metric and not recipe.test_sets:
+        raise UserError(f"TEST.BEST_METRIC is '{recipe.best_metric}', but there is no test set: set DATASETS.TEST")
+    if recipe.patience and not (recipe.best_metric and recipe.eval_period > 0):
+        raise UserError(
+            f"SOLVER.EARLY_STOPPING_PATIENCE is {recipe.patience}, which needs TEST.BEST_METRIC, now "
+            f"'{recipe.best_metric}', and TEST.EVAL_PERIOD, now {recipe.eval_period}: set both"
+        )
+
+
+def _average(recipe: Recipe, model: nn.Module) -> WeightAverage | None:
+    return WeightAverage(model, recipe.output_dir, decay=recipe.ema_decay) if recipe.ema_decay else None
+
+
+def _averaged_state(average: WeightAverage | None) -> dict[str, Any]:
+    """What checkpoints hold besides."""
+    return {"ema": average.state} if average else {}
+
+
+def _selection(recipe: Recipe, evaluated_model: nn.Module, checkpointer: Checkpointer) -> list[HookBase]:
+    """Hooks that keep the best weights, and stop when there are no better ones any more."""
+    if not recipe.best_metric:
+        return []
+    best = BestCheckpointer(
+        evaluated_model, recipe.output_dir, metric=recipe.best_metric, eval_period=recipe.eval_period
+    )
+    if not recipe.patience:
+        return [best]
+    return [best, EarlyStopping(checkpointer, best, patience=recipe.patience, eval_period=recipe.eval_period)]
 
 
 def _verify(recipe: Recipe, results: Results) -> None:

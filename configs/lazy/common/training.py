@@ -29,4 +29,7 @@ train = dict(
     eval_period=5000,
     log_period=20,
     expected_results=[],
+    best_metric="",
+    early_stopping_patience=0,
+    ema_decay=0.0,
 )
