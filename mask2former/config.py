@@ -204,3 +204,6 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # Average the weights over the steps with this decay, evaluate the average, and save it as model_ema.pth (0: off).
     # The steps that count are about the last 1 / (1 - decay).
     cfg.SOLVER.EMA_DECAY = 0.0
+
+    # The user's own data sets, which train_net.py --train-data writes here: a dict for each, see mask2former/data/own.
+    cfg.DATASETS.OWN = []

@@ -20,6 +20,7 @@ from torch import nn
 from .batches import batches_of_equal_size
 from .checkpoint import load_weights
 from .data import build_mapper, read_image
+from .data.own import register_rows
 from .engine import available_device, load_config
 from .errors import UserError
 from .modeling import MaskFormer
@@ -209,6 +210,7 @@ def _build_from_config(config: CfgNode, options: Sequence[str], device: str | No
         cfg.MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD = float(threshold)
         cfg.MODEL.MASK_FORMER.TEST.INSTANCE_SCORE_THRESHOLD = float(threshold)
     cfg.MODEL.DEVICE = available_device(device or cfg.MODEL.DEVICE)
+    register_rows(cfg.DATASETS.OWN)
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
     return _Parts(
         model=build_model(cfg),

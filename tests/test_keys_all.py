@@ -57,6 +57,7 @@ TESTED_ELSEWHERE = {
     "SOLVER.EARLY_STOPPING_PATIENCE": "test_engine_selection.py",
     "SOLVER.EMA_DECAY": "test_engine_selection.py",
     "TEST.BEST_METRIC": "test_engine_selection.py",
+    "DATASETS.OWN": "test_own_data.py",
     "INPUT.SCALE_TEST": "test_data_mapper.py",
     "MODEL.MASK_FORMER.TEST.INSTANCE_SCORE_THRESHOLD": "test_modeling_inference.py",
     "MODEL.MASK_FORMER.TEST.MASK_NMS_THRESHOLD": "test_modeling_inference.py",

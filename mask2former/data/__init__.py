@@ -15,6 +15,7 @@ from .mapper import (
     MaskFormerSemanticDatasetMapper,
     build_mapper,
 )
+from .own import OwnData, register_data
 
 __all__ = [
     "COCOInstanceNewBaselineDatasetMapper",
@@ -23,6 +24,7 @@ __all__ = [
     "MaskFormerInstanceDatasetMapper",
     "MaskFormerPanopticDatasetMapper",
     "MaskFormerSemanticDatasetMapper",
+    "OwnData",
     "build_mapper",
     "build_test_augmentations",
     "build_test_loader",
@@ -31,5 +33,6 @@ __all__ = [
     "datasets",
     "load_dataset",
     "read_image",
+    "register_data",
     "register_panoptic",
 ]

@@ -62,7 +62,11 @@ MAPPERS: dict[str, MapperRow] = {
     "mask_former_panoptic": MapperRow(resize_and_crop, read_panoptic, label_map=True, pads=True),
     "coco_instance_lsj": MapperRow(large_scale_jitter, read_instances),
     "coco_panoptic_lsj": MapperRow(large_scale_jitter, read_panoptic),
+    # Ours: every family of augmentations for every kind of annotation.
+    "coco_semantic_lsj": MapperRow(large_scale_jitter, read_semantic, label_map=True),
+    "microscopy_instance": MapperRow(microscopy, read_instances),
     "microscopy_panoptic": MapperRow(microscopy, read_panoptic),
+    "microscopy_semantic": MapperRow(microscopy, read_semantic, label_map=True),
 }
 
 # Left out of training samples, which have the augmented targets instead.

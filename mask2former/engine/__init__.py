@@ -2,12 +2,15 @@
 
 from .launch import launch
 from .optimizer import build_optimizer
+from .own_data import DataPaths, add_data_options
 from .recipe import Recipe, load_config, load_recipe
 from .setup import available_device, setup_run
 from .trainer import evaluate, evaluate_weights, train
 
 __all__ = [
+    "DataPaths",
     "Recipe",
+    "add_data_options",
     "available_device",
     "build_optimizer",
     "evaluate",

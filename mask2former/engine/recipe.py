@@ -24,10 +24,12 @@ from torch import nn
 
 from ..config import get_default_config
 from ..data import build_test_loader, build_train_loader
+from ..data.own import register_rows
 from ..errors import UserError
 from ..evaluation import build_evaluator, can_evaluate
 from ..modeling import SemanticSegmentorWithTTA
 from .optimizer import build_optimizer
+from .own_data import DataPaths, use_own_data
 from .setup import available_device
 from .yaml_lists import TAG, construct_list
 
@@ -104,33 +106,44 @@ class Recipe:
     ema_decay: float = 0.0
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> CfgNode | DictConfig:
+def load_config(path: str, overrides: Sequence[str] = (), data: DataPaths | None = None) -> CfgNode | DictConfig:
     """Load a YAML file over Detectron2's and this package's defaults, or a LazyConfig file (``.py``).
+
+    The user's own data sets that the file describes (``DATASETS.OWN``) are registered.
 
     Args:
         overrides: ``KEY VALUE`` pairs, or ``key=value`` for a LazyConfig.
+        data: the user's own data, which a YAML file's data sets, classes, mapper and outputs are set to.
 
     Raises:
-        UserError: if the file is missing or broken, or a key or a value's type is unknown.
+        UserError: if the file is missing or broken, a key or a value's type is unknown, or the data are broken.
     """
     if not os.path.isfile(path):
         raise UserError(f"config file {path or '(none)'} does not exist: give one with --config-file")
-    return _load_lazy(path, overrides) if path.endswith(".py") else _load_yaml(path, overrides)
+    if not path.endswith(".py"):
+        return _load_yaml(path, overrides, data)
+    if data is not None:
+        raise UserError(f"{path} is a LazyConfig, but --train-data and --val-data need a YAML recipe: give one")
+    return _load_lazy(path, overrides)
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str, overrides: Sequence[str] = (), data: DataPaths | None = None) -> Recipe:
     """The recipe in a config file; see :func:`load_config`."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, data)
     return _from_yaml(config) if isinstance(config, CfgNode) else _from_lazy(config)
 
 
-def _load_yaml(path: str, overrides: Sequence[str]) -> CfgNode:
+def _load_yaml(path: str, overrides: Sequence[str], data: DataPaths | None) -> CfgNode:
     cfg = get_default_config()
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
         cfg.merge_from_list(list(overrides))
     except (KeyError, AssertionError, OSError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(_explain(cfg, path, overrides, error)) from error
+    if data is not None:
+        use_own_data(cfg, data)
+        cfg.merge_from_list(list(overrides))  # these have the last word
+    register_rows(cfg.DATASETS.OWN)
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg
