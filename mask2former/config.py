@@ -196,6 +196,9 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # Epsilon of the batch norms (None: timm's).
     timm.BN_EPS = None
 
+    # Share of the training samples that objects of another sample are pasted on (mask2former/data/copy_paste.py).
+    cfg.INPUT.COPY_PASTE_PROBABILITY = 0.0
+
     # Keep the weights that are best by this metric of the evaluation, such as "segm/AP" or "panoptic_seg/PQ", as
     # model_best.pth ("": don't).
     cfg.TEST.BEST_METRIC = ""

@@ -9,13 +9,15 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
 from ..errors import UserError
 from .checks import DatasetDicts, check_dataset
+from .copy_paste import CopyPaste
 from .mapper import build_mapper
+from .sampling import RepeatRareClasses
 
 __all__ = ["build_test_loader", "build_train_loader", "load_training_dicts"]
 
@@ -69,6 +71,7 @@ def _train_loader_from_config(cfg: CfgNode, mapper: Mapper | None = None) -> dic
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "seed": cfg.SEED,
+        "copy_paste_probability": cfg.INPUT.COPY_PASTE_PROBABILITY,
     }
 
 
@@ -84,15 +87,7 @@ def _build_sampler(cfg: CfgNode, dicts: DatasetDicts) -> Sampler[int] | None:
     if name == "TrainingSampler":
         return None
     if name == "RepeatFactorTrainingSampler":
-        if not all("annotations" in dataset_dict for dataset_dict in dicts):
-            raise UserError(
-                f"DATALOADER.SAMPLER_TRAIN is '{name}', which needs instance annotations, but "
-                f"{', '.join(cfg.DATASETS.TRAIN)} has other ones: set it to TrainingSampler"
-            )
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        )
-        return RepeatFactorTrainingSampler(factors, seed=seed)
+        return RepeatRareClasses(cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT, seed)(dicts)
     if name == "RandomSubsetTrainingSampler":
         return RandomSubsetTrainingSampler(
             len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
@@ -113,12 +108,13 @@ def build_train_loader(
     *,
     mapper: Mapper,
     total_batch_size: int,
-    sampler: Sampler[int] | None = None,
+    sampler: Sampler[int] | Callable[[DatasetDicts], Sampler[int]] | None = None,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
     seed: int | None = None,
     num_classes: int | None = None,
     filter_empty: bool = True,
+    copy_paste_probability: float = 0.0,
 ) -> Iterable[list[dict[str, Any]]]:
     """Endless iterable of batches, each a list of samples (see ``MaskFormerDatasetMapper``).
 
@@ -126,7 +122,8 @@ def build_train_loader(
     ``load_training_dicts`` says, or dataset dicts. Label maps are looked for where the ``mapper`` reads them (its
     ``label_map`` is true). ``total_batch_size`` counts the pictures of all processes.
     With a ``seed`` >= 0 the order of the pictures and the workers' augmentations repeat; with ``num_workers`` 0
-    the augmentations draw from this process's own generators, which the caller seeds.
+    the augmentations draw from this process's own generators, which the caller seeds. ``sampler`` may be what makes
+    one of the dataset dicts, such as ``RepeatRareClasses``. ``copy_paste_probability`` is that of ``CopyPaste``.
 
     ``build_train_loader(cfg)``, or ``build_train_loader(cfg, mapper=...)``, reads all of this from a config.
 
@@ -138,6 +135,10 @@ def build_train_loader(
     seed = _seed_or_none(seed)
     if sampler is None:
         sampler = TrainingSampler(len(dicts), seed=seed)
+    elif not isinstance(sampler, Sampler):
+        sampler = sampler(dicts)
+    if copy_paste_probability != 0:
+        mapper = CopyPaste(mapper, dicts, probability=copy_paste_probability)
     return build_detection_train_loader(
         dicts,
         mapper=mapper,
