@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import shapely
@@ -38,6 +39,9 @@ __all__ = [
 ]
 
 AnnotationReader = Callable[[dict[str, Any], T.TransformList, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+# Numbers of one byte, less 0 and 255, which padding may be filled with.
+_MOST_NUMBERS = 254
 
 # A polygon as rings of (P, 2) points (x, y); a pixel is inside if an odd number of the rings enclose it.
 Rings = list[np.ndarray]
@@ -74,11 +78,11 @@ def read_instances(
         if isinstance(segmentation, list):
             polygons = _mend_polygons(segmentation, *size, name)
             moved = [[transforms.apply_coords(ring.copy()) for ring in rings] for rings in polygons]
-            mask[:] = _fill_polygons(moved, *padding.shape)
+            _fill_polygons(moved, mask)
         else:
             pixels = _decode_rle(segmentation, *size, name)
             mask[:] = transforms.apply_segmentation(pixels) == 1
-    masks &= ~padding
+    _clear(masks, padding)
     return classes, masks
 
 
@@ -88,7 +92,9 @@ def decode_segmentation(segmentation: Any, height: int, width: int, name: str) -
     ``name`` says in warnings and errors which annotation it is.
     """
     if isinstance(segmentation, list):
-        return _fill_polygons(_mend_polygons(segmentation, height, width, name), height, width)
+        mask = np.zeros((height, width), dtype=bool)
+        _fill_polygons(_mend_polygons(segmentation, height, width, name), mask)
+        return mask
     return _decode_rle(segmentation, height, width, name).astype(bool)
 
 
@@ -155,17 +161,37 @@ def _mend_polygon(flat: np.ndarray, height: int, width: int) -> Rings:
 
 def _ring_area(points: np.ndarray) -> float:
     """Area by the shoelace formula; parts of opposite orientation cancel out."""
-    x, y = (points - points[0]).T
-    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+    x, y = (points - points[0]).T  # the first is the origin, so the edges from and to it add nothing
+    return abs(float(x[:-1] @ y[1:] - y[:-1] @ x[1:])) / 2
 
 
-def _fill_polygons(polygons: Iterable[Rings], height: int, width: int) -> np.ndarray:
-    """The (height, width) bool mask of polygons, filled as COCO's own tools do it."""
-    mask = np.zeros((height, width), dtype=bool)
+def _fill_polygons(polygons: Iterable[Rings], mask: np.ndarray) -> None:
+    """Set what polygons cover in the (H, W) bool mask, filled as COCO's own tools do it."""
     for rings in polygons:
-        filled = coco_mask.decode(coco_mask.frPyObjects([ring.ravel() for ring in rings], height, width))
-        mask |= (filled.sum(axis=2) % 2).astype(bool)  # (H, W, rings)
-    return mask
+        points = np.concatenate(rings)
+        (x0, y0), (x1, y1) = _window(points, *mask.shape)
+        if x0 >= x1 or y0 >= y1:
+            continue
+        # What COCO's filling sets lies within a pixel of the points, and moves along with them.
+        runs = coco_mask.frPyObjects([(ring - (x0, y0)).ravel() for ring in rings], y1 - y0, x1 - x0)
+        filled = coco_mask.decode(runs).T  # (rings, w, h)
+        odd = filled[0] if len(filled) == 1 else np.bitwise_xor.reduce(filled, axis=0)
+        mask[y0:y1, x0:x1] |= cv2.transpose(odd).view(bool)
+
+
+def _window(points: np.ndarray, height: int, width: int) -> tuple[list[int], list[int]]:
+    """The smallest window of the picture with the pixels that points (P, 2) may set: first (x, y), and one past."""
+    size = (width, height)
+    # Clipped before they become integers, which can't hold all floating-point numbers.
+    first = np.floor(points.min(axis=0)).clip(0, size).astype(int)
+    past = (np.ceil(points.max(axis=0)) + 1).clip(0, size).astype(int)
+    return first.tolist(), past.tolist()
+
+
+def _clear(masks: np.ndarray, padding: np.ndarray) -> None:
+    """Set masks (N, H, W) to False in the padding (H, W)."""
+    if padding.any():
+        masks &= ~padding
 
 
 # ---------------------------------------------------------------------------------------------- panoptic
@@ -173,8 +199,11 @@ def _fill_polygons(polygons: Iterable[Rings], height: int, width: int) -> np.nda
 
 def ids_from_rgb(pixels: np.ndarray) -> np.ndarray:
     """Segment ids (..., ) uint32 of a COCO panoptic picture (..., 3) uint8: R + 256 G + 65536 B."""
-    red, green, blue = (pixels[..., channel].astype(np.uint32) for channel in range(3))
-    return red + (green << 8) + (blue << 16)
+    if pixels.size == 0:
+        return np.zeros(pixels.shape[:-1], dtype=np.uint32)
+    # A fourth channel makes the bytes of a pixel those of an integer, which is quicker than arithmetic.
+    four = cv2.cvtColor(np.ascontiguousarray(pixels).reshape(1, -1, 3), cv2.COLOR_RGB2RGBA)
+    return (four.view("<u4") & np.uint32(0xFFFFFF)).reshape(pixels.shape[:-1])
 
 
 def rgb_from_ids(ids: np.ndarray) -> np.ndarray:
@@ -204,14 +233,30 @@ def read_panoptic(
             f"panoptic annotation '{path}' is {pixels.shape[1]} x {pixels.shape[0]} pixels, but its picture "
             f"'{dataset_dict['file_name']}' is {width} x {height}: make the annotation anew from the right picture"
         )
-    ids = ids_from_rgb(transforms.apply_segmentation(pixels))
     segments = [segment for segment in dataset_dict["segments_info"] if not segment.get("iscrowd", 0)]
     classes = np.array([segment["category_id"] for segment in segments], dtype=np.int64)
-    masks = np.zeros((len(segments), *padding.shape), dtype=bool)
-    for mask, segment in zip(masks, segments, strict=True):
-        np.equal(ids, segment["id"], out=mask)
-    masks &= ~padding
+    ids = np.array([segment["id"] for segment in segments], dtype=np.uint32)
+    numbers, wanted = _augmented_numbers(pixels, ids, transforms)
+    masks = numbers == wanted[:, np.newaxis, np.newaxis]
+    _clear(masks, padding)
     return classes, masks
+
+
+def _augmented_numbers(
+    pixels: np.ndarray, ids: np.ndarray, transforms: T.TransformList
+) -> tuple[np.ndarray, np.ndarray]:
+    """The augmented panoptic picture as one number a pixel (H, W), and which number each of the ids (N) has.
+
+    Labels are never mixed, so the transforms move a number of one byte to where they would move an id's three.
+    """
+    if len(ids) > _MOST_NUMBERS:
+        return ids_from_rgb(transforms.apply_segmentation(pixels)), ids
+    found = ids_from_rgb(pixels)
+    number_of_pixel = np.zeros(found.shape, dtype=np.uint8)
+    numbers = np.arange(1, len(ids) + 1, dtype=np.uint8)
+    for number, segment_id in zip(numbers, ids, strict=True):
+        number_of_pixel |= (found == segment_id).view(np.uint8) * number  # many pixels at a time: there is no branch
+    return transforms.apply_segmentation(number_of_pixel), numbers
 
 
 # ---------------------------------------------------------------------------------------------- semantic
@@ -234,4 +279,6 @@ def read_semantic(
     labels = dataset_dict["sem_seg"]
     counts = np.bincount((labels + 1).ravel())  # the first counts pixels without a label
     classes = np.flatnonzero(counts[1:])
-    return classes, labels == classes[:, np.newaxis, np.newaxis]
+    # Numbers of two bytes are compared four times as fast as those of eight.
+    dtype = np.int16 if len(counts) < np.iinfo(np.int16).max else np.int64
+    return classes, labels.astype(dtype) == classes.astype(dtype)[:, np.newaxis, np.newaxis]
