@@ -234,11 +234,12 @@ def _with_size(dataset_dict: dict[str, Any], image: np.ndarray) -> dict[str, Any
 
 def _make_instances(classes: np.ndarray, masks: np.ndarray) -> Instances:
     """``Instances`` of the masks (N, H, W) that are not empty."""
-    columns = np.any(masks, axis=1)  # (N, W)
+    # The maximum of bytes is what NumPy finds fastest, many at a time.
+    columns = masks.view(np.uint8).max(axis=1, initial=0).view(bool)  # (N, W)
     keep = np.any(columns, axis=1)
     if not keep.all():
         classes, masks, columns = classes[keep], masks[keep], columns[keep]
-    rows = np.any(masks, axis=2)  # (N, H)
+    rows = masks.view(np.uint8).max(axis=2, initial=0).view(bool)  # (N, H)
     boxes = np.stack([*_extent(columns), *_extent(rows)], axis=1)[:, [0, 2, 1, 3]].astype(np.float32)
 
     instances = Instances(masks.shape[1:])
