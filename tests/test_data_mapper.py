@@ -15,6 +15,7 @@ from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.projects.point_rend import ColorAugSSDTransform
 from PIL import Image
 
 from mask2former.config import get_default_config
@@ -29,6 +30,7 @@ from mask2former.data import (
     read_image,
 )
 from mask2former.data.annotations import (
+    _fill_polygons,
     decode_segmentation,
     ids_from_rgb,
     read_instances,
@@ -37,10 +39,13 @@ from mask2former.data.annotations import (
     rgb_from_ids,
 )
 from mask2former.data.augmentation import (
+    ColorAugSSD,
     PadToMultiple,
     RandomColorCurve,
     RandomScaledCrop,
+    ResizedCrop,
     build_test_augmentations,
+    large_scale_jitter,
     microscopy,
     resize_and_crop,
 )
@@ -211,8 +216,6 @@ def test_unknown_mapper_is_detectron2s_own(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_lazy_config_builds_the_same_mapper() -> None:
-    from mask2former.data.augmentation import large_scale_jitter
-
     node = LazyCall(MaskFormerDatasetMapper)(
         is_train=True,
         augmentations=LazyCall(large_scale_jitter)(image_size=512),
@@ -666,6 +669,105 @@ def test_flip_and_sizes_of_resize_and_crop() -> None:
     assert 5 < flipped < 20  # half of those that keep their size
     with pytest.raises(UserError, match="INPUT.RANDOM_FLIP is 'sideways', expected horizontal, vertical or none"):
         resize_and_crop(min_size=30, max_size=70, flip="sideways")
+
+
+# ------------------------------------------------------------- quicker ways, beside those they stand for
+
+QUICK = np.random.default_rng(3).integers(0, 256, (61, 83, 3), dtype=np.uint8)
+
+
+def assert_nearly_equal(image: np.ndarray, expected: np.ndarray) -> None:
+    """Equal but for one grey level in a few pixels of a hundred: where rounding decides."""
+    difference = np.abs(image.astype(int) - expected)
+    assert image.shape == expected.shape and difference.max() <= 1 and (difference > 0).mean() < 0.02
+
+
+def augmented_by(augmentations: Any, seed: int, image: np.ndarray, labels: np.ndarray | None) -> T.AugInput:
+    seed_everything(seed)
+    augmented = T.AugInput(image, sem_seg=labels)
+    augmented.transforms = T.AugmentationList(augmentations)(augmented)
+    return augmented
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_large_scale_jitter_is_detectron2s(dtype: Any) -> None:
+    labels = np.random.default_rng(4).integers(0, 255, QUICK.shape[:2]).astype(dtype)
+    theirs = [T.RandomFlip(), T.ResizeScale(0.1, 2.0, 96, 96), T.FixedSizeCrop((96, 96))]
+    for seed in range(40):
+        image = QUICK if seed % 2 else QUICK.transpose(1, 0, 2)
+        ours = augmented_by(large_scale_jitter(image_size=96), seed, image, labels if seed % 2 else labels.T)
+        expected = augmented_by(theirs, seed, image, labels if seed % 2 else labels.T)
+        assert_nearly_equal(ours.image, expected.image)
+        assert ours.sem_seg.dtype == dtype and np.array_equal(ours.sem_seg, expected.sem_seg)
+        points = np.random.default_rng(seed).uniform(-5, 100, (9, 2))
+        moved = ours.transforms.apply_coords(points.copy())
+        assert np.allclose(moved, expected.transforms.apply_coords(points.copy()), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("area", [0.3, 0.75, 1.0])
+def test_resize_and_crop_is_detectron2s(area: float) -> None:
+    labels = np.random.default_rng(5).integers(0, 4, (6, 8)).repeat(11, axis=0).repeat(11, axis=1)[:61, :83]
+    labels = np.where(labels == 3, IGNORE, labels).astype(np.float64)
+    theirs = [
+        T.ResizeShortestEdge([30, 61, 100, 122], 150, "choice"),
+        T.RandomCrop_CategoryAreaConstraint("absolute", (50, 60), area, IGNORE),
+    ]
+    ours = resize_and_crop(
+        min_size=[30, 61, 100, 122],
+        max_size=150,
+        crop_type="absolute",
+        crop_size=(50, 60),
+        single_category_max_area=area,
+    )
+    for seed in range(40):
+        found, expected = (augmented_by(a, seed, QUICK, labels) for a in (ours[:1], theirs))
+        assert_nearly_equal(found.image, expected.image)
+        assert np.array_equal(found.sem_seg, expected.sem_seg)
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_colors_are_detectron2s_to_the_bit(image_format: str) -> None:
+    for seed in range(60):
+        seed_everything(seed)
+        ours = ColorAugSSD(image_format).apply_image(QUICK)
+        seed_everything(seed)
+        assert np.array_equal(ours, ColorAugSSDTransform(image_format).apply_image(QUICK))
+
+
+def test_other_pictures_are_resized_in_turn() -> None:
+    resize, crop = T.ResizeTransform(61, 83, 122, 150), T.CropTransform(20, 30, 64, 48)
+    for image in (QUICK[:, :, :1], QUICK.astype(np.float32), QUICK[:, :, 0]):
+        expected = crop.apply_image(resize.apply_image(image))
+        assert np.array_equal(ResizedCrop(resize, crop).apply_image(image), expected)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.7])
+def test_polygons_are_filled_in_their_window_as_in_the_whole_picture(scale: float, shared_data: Path) -> None:
+    coco = json.loads((shared_data / "coco/annotations/instances_val2017.json").read_text())
+    checked = 0
+    for annotation in coco["annotations"][:150]:
+        if annotation["iscrowd"]:
+            continue
+        rings = [np.reshape(polygon, (-1, 2)) * scale - (150, 70) for polygon in annotation["segmentation"]]
+        mask = np.zeros((300, 400), dtype=bool)
+        _fill_polygons([[ring] for ring in rings], mask)
+        whole = coco_mask.decode(coco_mask.frPyObjects([ring.ravel() for ring in rings], 300, 400)).any(axis=2)
+        assert np.count_nonzero(mask != whole) <= 2  # where a coordinate is halfway between two of COCO's grid
+        checked += whole.any()
+    assert checked > 20
+
+
+def test_more_segments_than_numbers_of_one_byte(tmp_path: Path) -> None:
+    ids = np.arange(1, 601, dtype=np.uint32).reshape(20, 30) * 977
+    segments = [{"id": int(i), "category_id": 0, "iscrowd": 0} for i in ids.ravel()]
+    picture = np.zeros((20, 30, 3), dtype=np.uint8)
+    for count in (254, 255, 600):
+        sample = plain_mapper(read_panoptic, [T.FixedSizeCrop((32, 32))])(
+            panoptic_dict(tmp_path, ids, segments[:count], picture)
+        )
+        masks = sample["instances"].gt_masks
+        assert masks.shape == (count, 32, 32) and (masks.sum(dim=(1, 2)) == 1).all()
+        assert torch.equal(masks[:, :20, :30].flatten(1).float().argmax(dim=1), torch.arange(count))
 
 
 # ---------------------------------------------------------------------------------------------- microscopy

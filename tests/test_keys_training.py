@@ -105,7 +105,7 @@ def test_mapper_by_name(caplog: pytest.LogCaptureFixture) -> None:
         for name in ("mask_former_semantic", "coco_instance_lsj")
     }
     assert kinds["mask_former_semantic"] == ["ResizeShortestEdge", "RandomFlip"]
-    assert kinds["coco_instance_lsj"] == ["RandomFlip", "ResizeScale", "FixedSizeCrop"]
+    assert kinds["coco_instance_lsj"] == ["RandomFlip", "ResizeAndCrop"]
 
 
 @effect_of("INPUT.IMAGE_SIZE", "INPUT.MIN_SCALE", "INPUT.MAX_SCALE")
@@ -113,7 +113,7 @@ def test_large_scale_jitter() -> None:
     augs = augmentations("coco_panoptic_lsj", INPUT__IMAGE_SIZE=40, INPUT__MIN_SCALE=0.5, INPUT__MAX_SCALE=3.0)
     sizes = set()
     for _ in range(200):
-        transform = of_type("ResizeScale", augs)[0].get_transform(np.zeros((100, 100, 3), np.uint8))
+        transform = of_type("ResizeAndCrop", augs)[0].resize.get_transform(np.zeros((100, 100, 3), np.uint8))
         sizes.add(transform.new_h)
     assert min(sizes) >= 20 and max(sizes) <= 120
     assert min(sizes) < 25 and max(sizes) > 110
