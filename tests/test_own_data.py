@@ -355,6 +355,10 @@ BROKEN: dict[str, tuple[tuple[str, Callable[[Path], None]], str]] = {
         json_case("panoptic", lambda c: first(c)["segments_info"][0].update(category_id=9)),
         "001.png.*segment 1 has category_id 9",
     ),
+    "segment without a class": (
+        json_case("panoptic", lambda c: first(c)["segments_info"][0].pop("category_id")),
+        "001.png.*segment 1 has category_id None",
+    ),
     "segment twice": (
         json_case("panoptic", lambda c: first(c)["segments_info"].append(first(c)["segments_info"][0])),
         "001.png' has segment 1 twice",
@@ -423,6 +427,16 @@ def test_other_classes_in_the_validation_data_are_named(splits: dict[str, Path],
     edit(val, lambda c: c["categories"][0].update(name="circle"))
     with pytest.raises(UserError, match="class 1 is 'circle', but 'disc' in the training data"):
         register_data(train, val, output_dir=str(tmp_path / "out"))
+
+
+def test_other_data_in_the_same_folder_do_not_replace_the_first(splits: dict[str, Path], tmp_path: Path) -> None:
+    """A run's config.yaml goes on describing its own data after an evaluation on others."""
+    rows = []
+    for split, folder in splits.items():
+        path = write_form("instance-maps", folder, tmp_path / split)
+        rows.append(register_data((), path, output_dir=str(tmp_path / "out")).val)
+    assert len({row["json"] for row in rows}) == len({row["name"] for row in rows}) == 2
+    assert all(Path(row["json"]).is_file() for row in rows)
 
 
 def test_a_lazy_config_is_refused(repository: Path, splits: dict[str, Path], train_net: Program) -> None:

@@ -96,11 +96,14 @@ def _json_form(content: Any) -> str:
 
 
 def _find_folder(path: Path, records: Sequence[dict[str, Any]], noun: str, names: Sequence[str]) -> Path:
-    """The folder of one of the ``names``, beside the JSON file or one level up, that has the files of ``records``."""
+    """The folder near the JSON file with the files of ``records``: one of ``names``, or else the only one there."""
     first = str(records[0].get("file_name", "")) if records else ""
-    for place in (base / name for base in (path.parent, path.parent.parent) for name in names):
-        if first and (place / first).is_file():
-            return place
+    bases = (path.parent, path.parent.parent)
+    named = [base / name for base in bases for name in names]
+    others = sorted(entry for base in bases for entry in base.iterdir() if entry.is_dir())
+    having = [place for place in (*named, *others) if first and (place / first).is_file()]
+    if having and (having[0] in named or len(set(having)) == 1):
+        return having[0]
     raise UserError(f"'{path}': no folder near it has its {noun}, such as '{first}': give their folder too")
 
 

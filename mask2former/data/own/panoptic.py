@@ -70,13 +70,15 @@ def _check_annotation(
     annotation: Mapping[str, Any], images: Mapping[Any, Any], index: Mapping[int, int], path: Path
 ) -> None:
     place = f"'{path}': the annotation '{annotation.get('file_name')}'"
+    if not {"file_name", "segments_info"} <= annotation.keys():
+        raise UserError(f"{place} of picture {annotation.get('image_id')} lacks its 'file_name' or 'segments_info'")
     if annotation.get("image_id") not in images:
         raise UserError(f"{place} has image_id {annotation.get('image_id')}, which is not among its 'images'")
     seen = set()
     for segment in annotation["segments_info"]:
-        if segment["category_id"] not in index:
+        if segment.get("id") is None or segment.get("category_id") not in index:
             raise UserError(
-                f"{place}: segment {segment['id']} has category_id {segment['category_id']}, which is not among the "
+                f"{place}: segment {segment.get('id')} has category_id {segment.get('category_id')}, which is not among the "
                 f"{len(index)} classes ({', '.join(map(str, list(index)[:20]))}): correct it or add the category"
             )
         if segment["id"] in seen:

@@ -124,20 +124,26 @@ def register_data(
 
 
 def _read(source: Source, classes: Sequence[dict[str, Any]] | None, output: Path, split: str) -> tuple[Row, Tally]:
+    # Other data evaluated in the same folder later have files of their own.
+    output = output / f"{split}_{_digest(str(source))}"
     if source.form in ("instance-maps", "object-masks"):
-        source = make_instances_json(source, classes, output / f"{split}.json")
+        source = make_instances_json(source, classes, output / "instances.json")
     if source.form == "coco":
         return read_instances_json(source, classes)
     if source.form == "semantic":
-        return read_label_maps(source, classes, output / f"{split}_labels")
+        return read_label_maps(source, classes, output / "labels")
     # Evaluation alone reads more than the format has.
-    return read_panoptic_json(source, classes, output / split if split == "val" else None)
+    return read_panoptic_json(source, classes, output if split == "val" else None)
 
 
 def _named(row: Row, split: str) -> Row:
-    """The row with a name of its own, the same in every process."""
-    digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
-    return {"name": f"own_{split}_{digest[:8]}", **row}
+    """The row, sharing nothing with others, with a name of its own, the same in every process."""
+    text = json.dumps(row, sort_keys=True)
+    return {"name": f"own_{split}_{_digest(text)}", **json.loads(text)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _mapper_for(form: str, name: str) -> str:

@@ -67,9 +67,9 @@ class Tally:
 
     def _class_lines(self, form: str, noun: str, classes: Sequence[Category]) -> list[str]:
         rows = [(self.objects[index], index, category) for index, category in enumerate(classes)]
-        skipped = len(rows) - _MOST_LINES
+        skipped = sum(row[0] > 0 for row in rows) - _MOST_LINES
         if skipped > 0:
-            rows = sorted(rows, key=lambda row: row[:2])[:_MOST_LINES]
+            rows = sorted((row for row in rows if row[0]), key=lambda row: row[:2])[:_MOST_LINES]
         lines = []
         for count, index, category in rows:
             share = f", {100 * self.pixels[index] / max(self.all_pixels, 1):.1f} % of the pixels"
