@@ -104,7 +104,7 @@ def _compare(name: str, args: argparse.Namespace) -> Result:
     case = CASES[name]
     dataset = args.dataset or case.dataset
     cfg = load_config(str(CONFIGS / case.config), ["DATASETS.TRAIN", (dataset,)])
-    dicts = [{k: v for k, v in d.items() if k in case.keys} for d in DatasetCatalog.get(dataset)[: args.pictures]]
+    dicts = [{k: v for k, v in d.items() if k in case.keys} for d in _load(dataset)[: args.pictures]]
     missing = case.annotation_keys - set.intersection(*(set(d) for d in dicts))
     if missing:
         raise UserError(f"data set '{dataset}' has no {', '.join(sorted(missing))}, which {name} reads")
@@ -123,6 +123,16 @@ def _compare(name: str, args: argparse.Namespace) -> Result:
             _check_equal(samples[0], samples[1], f"{name}, '{dataset_dict['file_name']}', seed {seed}")
         rates.append(len(dicts) / seconds)
     return Result(dataset, len(dicts), *np.transpose(rates).tolist())
+
+
+def _load(dataset: str) -> list[dict[str, Any]]:
+    try:
+        dicts = DatasetCatalog.get(dataset)
+    except (KeyError, FileNotFoundError) as error:
+        raise UserError(f"data set '{dataset}' can't be loaded: {error}; is DETECTRON2_DATASETS right?") from error
+    if not dicts:
+        raise UserError(f"data set '{dataset}' has no pictures")
+    return dicts
 
 
 def _timed(mapper: Mapper, dataset_dict: dict[str, Any], seed: int) -> tuple[Sample, float]:
