@@ -7,7 +7,6 @@ segment. Can be interrupted and started again.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 from mask2former.data.datasets import data_set_root
 from mask2former.data.panoptic_files import panoptic_to_semantic
+from mask2former.data.preparation import run_splits
 from mask2former.errors import UserError, command
 
 
@@ -37,21 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"'{path}' does not exist: give COCO's folder as --root, or other --splits")
 
     labels = {category["id"]: index for index, category in enumerate(COCO_CATEGORIES)}
-    failed = False
-    for split in options.splits:
+
+    def make(split: str) -> tuple[Path, list[str]]:
         target = (options.output or options.root) / f"panoptic_semseg_{split}"
-        problems = panoptic_to_semantic(
-            options.root / f"annotations/panoptic_{split}.json",
-            options.root / f"panoptic_{split}",
-            target,
-            labels,
-            workers=options.workers,
-        )
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        failed = failed or bool(problems)
-        print(f"{target}: {f'{len(problems)} files could not be made' if problems else 'complete'}")
-    return int(failed)
+        source = options.root / f"annotations/panoptic_{split}.json"
+        pngs = options.root / f"panoptic_{split}"
+        return target, panoptic_to_semantic(source, pngs, target, labels, workers=options.workers)
+
+    return run_splits(options.splits, make)
 
 
 if __name__ == "__main__":

@@ -21,18 +21,18 @@ _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Im
 _LARGEST_16_BIT = 65535
 
 
-def read_image(path: str | os.PathLike[str], image_format: str = "RGB") -> np.ndarray:
+def read_image(path: str | os.PathLike[str], image_format: str = "RGB", *, upright: bool = True) -> np.ndarray:
     """Read a picture file as a contiguous (H, W, C) array in the channel order of ``image_format``.
 
     ``image_format`` is one of Detectron2's: "RGB", "BGR", "L" (all uint8) or "YUV-BT.601" (float).
-    Grey, palette and CMYK pictures are converted, transparency is dropped, a rotation in the EXIF data is
-    applied. Grey pictures with 16 bits are scaled to 8 bits (65535 becomes 255), whatever they contain, so that
+    Grey, palette and CMYK pictures are converted, transparency is dropped, and with ``upright`` a rotation in the EXIF
+    data is applied. Grey pictures with 16 bits are scaled to 8 bits (65535 becomes 255), whatever they contain, so that
     brightness stays comparable between the pictures of a data set.
 
     Raises ``UserError`` naming the file if it can't be read, or holds floating-point numbers.
     """
-    upright = _open_upright(path, "picture")
-    pixels = detection_utils.convert_PIL_to_numpy(_to_8_bits(upright, path), image_format)
+    image = _open(path, "picture", upright)
+    pixels = detection_utils.convert_PIL_to_numpy(_to_8_bits(image, path), image_format)
     return np.ascontiguousarray(pixels)
 
 
@@ -42,7 +42,7 @@ def read_label_map(path: str | os.PathLike[str], dtype: npt.DTypeLike = int) -> 
     A palette's indices are the labels, not its colours. Raises ``UserError`` naming the file if it can't be read, or
     has colours.
     """
-    image = _open_upright(path, "label map")
+    image = _open(path, "label map")
     labels = np.array(image, dtype=dtype)
     if labels.ndim != 2:
         raise UserError(
@@ -51,16 +51,16 @@ def read_label_map(path: str | os.PathLike[str], dtype: npt.DTypeLike = int) -> 
     return labels
 
 
-def _open_upright(path: str | os.PathLike[str], noun: str) -> Image.Image:
+def _open(path: str | os.PathLike[str], noun: str, upright: bool = True) -> Image.Image:
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            upright.load()
+            picture = ImageOps.exif_transpose(image) if upright else image
+            picture.load()
     except FileNotFoundError as error:
         raise UserError(f"{noun} '{os.fspath(path)}' does not exist: check the path") from error
     except _DECODING_ERRORS as error:
         raise UserError(f"cannot read {noun} '{os.fspath(path)}': {error}: replace or remove the file") from error
-    return upright
+    return picture
 
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:

@@ -21,7 +21,9 @@ from .datasets.panoptic import load_json
 from .images import read_image
 
 __all__ = [
+    "extent",
     "instances_to_panoptic",
+    "is_newer",
     "panoptic_from_instances",
     "panoptic_to_semantic",
     "run_jobs",
@@ -66,7 +68,7 @@ def save_json(path: Path, content: Any) -> None:
     write_whole(path, lambda file: file.write(encoded))
 
 
-def _is_newer(path: Path, *sources: Path) -> bool:
+def is_newer(path: Path, *sources: Path) -> bool:
     """Whether ``path`` exists and is not older than what it is made from."""
     if not path.is_file():
         return False
@@ -128,7 +130,7 @@ def panoptic_to_semantic(
 
     def convert(annotation: Mapping[str, Any]) -> None:
         source, target = panoptic_root / annotation["file_name"], sem_seg_root / annotation["file_name"]
-        if _is_newer(target, source, panoptic_json):
+        if is_newer(target, source, panoptic_json):
             return
         ids = ids_from_rgb(read_image(source, "RGB"))
         save_png(target, semantic_from_panoptic(ids, annotation["segments_info"], labels, f"'{source}'"))
@@ -169,13 +171,13 @@ def panoptic_from_instances(
         categories, crowd = [*categories, background], [*crowd, 0]
         ids[ids == 0] = len(categories)
     segments = [
-        {"id": index + 1, "category_id": category, "iscrowd": crowd[index], **_extent(ids == index + 1)}
+        {"id": index + 1, "category_id": category, "iscrowd": crowd[index], **extent(ids == index + 1)}
         for index, category in enumerate(categories)
     ]
     return ids, [segment for segment in segments if segment["area"] > 0]
 
 
-def _extent(mask: np.ndarray) -> dict[str, Any]:
+def extent(mask: np.ndarray) -> dict[str, Any]:
     """Area and bbox (x, y, width, height) of a mask, in pixels."""
     y, x = np.nonzero(mask)
     if not len(x):
@@ -216,9 +218,9 @@ def instances_to_panoptic(
         )
         segments_info[image["id"]] = segments
         panoptic, semantic = panoptic_root / file_names[image["id"]], sem_seg_root / file_names[image["id"]]
-        if not _is_newer(panoptic, instances_json):
+        if not is_newer(panoptic, instances_json):
             save_png(panoptic, rgb_from_ids(ids))
-        if not _is_newer(semantic, instances_json):
+        if not is_newer(semantic, instances_json):
             save_png(semantic, semantic_from_panoptic(ids, segments, labels, name))
 
     jobs = [lambda image=image: convert(image) for image in content["images"]]
