@@ -78,8 +78,8 @@ def _check_annotation(
     for segment in annotation["segments_info"]:
         if segment.get("id") is None or segment.get("category_id") not in index:
             raise UserError(
-                f"{place}: segment {segment.get('id')} has category_id {segment.get('category_id')}, which is not among "
-                f"the {len(index)} classes ({', '.join(map(str, list(index)[:20]))}): correct it or add the category"
+                f"{place}: segment {segment.get('id')} has category_id {segment.get('category_id')}, which is not "
+                f"among the {len(index)} classes ({', '.join(map(str, list(index)[:20]))}): correct it or add the category"
             )
         if segment["id"] in seen:
             raise UserError(f"{place} has segment {segment['id']} twice: segments must not overlap or share an id")
