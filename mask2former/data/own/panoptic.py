@@ -75,11 +75,12 @@ def _check_annotation(
     if annotation.get("image_id") not in images:
         raise UserError(f"{place} has image_id {annotation.get('image_id')}, which is not among its 'images'")
     seen = set()
+    known = ", ".join(map(str, list(index)[:20]))
     for segment in annotation["segments_info"]:
         if segment.get("id") is None or segment.get("category_id") not in index:
             raise UserError(
                 f"{place}: segment {segment.get('id')} has category_id {segment.get('category_id')}, which is not "
-                f"among the {len(index)} classes ({', '.join(map(str, list(index)[:20]))}): correct it or add the category"
+                f"among the {len(index)} classes ({known}): correct it or add the category"
             )
         if segment["id"] in seen:
             raise UserError(f"{place} has segment {segment['id']} twice: segments must not overlap or share an id")
