@@ -20,7 +20,7 @@ QUIET := -W ignore::FutureWarning
 DATASETS := $(or $(DETECTRON2_DATASETS),datasets)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint train-nuclei setup setup-dev nuclei-given
+.PHONY: help demo test lint bench train-nuclei setup setup-dev nuclei-given
 
 help: ## Show this list
 	@echo 'Targets (each sets up what it needs, which takes some minutes the first time and 6 GB with a CUDA torch):'
@@ -39,6 +39,9 @@ lint: setup-dev ## Check formatting, rules and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+bench: setup-dev ## Measure data loading beside the published way of it, on COCO in DETECTRON2_DATASETS
+	$(PY) $(QUIET) benchmarks/mappers.py
 
 train-nuclei: nuclei-given setup ## Train the model of the demo anew: make train-nuclei NUCLEI=<folder of the data set>
 	$(if $(NUCLEI),$(PY) datasets/prepare_nuclei.py --input '$(NUCLEI)' --output '$(DATASETS)/nuclei')

@@ -49,8 +49,10 @@ EXTRAS = {
     "gui": ["opencv-python>=4.6"],
     # Cityscapes' instance annotations, and its metrics.
     "cityscapes": ["cityscapesscripts>=2.2"],
+    # COCO-Stuff 10k's annotations, for the command that prepares it.
+    "coco-stuff": ["h5py>=3.8"],
     # Tests also use what TESTED_AGAINST in tools/setup_environment.py names.
-    "dev": ["mypy>=1.10", "pytest>=7.4", "ruff>=0.6", "transformers>=4.40"],
+    "dev": ["h5py>=3.8", "mypy>=1.10", "pytest>=7.4", "ruff>=0.6", "transformers>=4.40"],
 }
 
 
