@@ -9,6 +9,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
+from mask2former.data.augmentation import ResizeAndCrop
 from mask2former.engine import Recipe, load_recipe
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -60,9 +61,14 @@ def describe_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def describe_augmentations(augmentations: Sequence[Any]) -> list[Any]:
-    """Type and arguments of each."""
-    unwrapped = [getattr(item, "tfm", item) for item in augmentations]  # Detectron2 wraps transforms
+    """Type and arguments of each, and of those that it is made of."""
+    parts = [part for item in augmentations for part in parts_of(item)]
+    unwrapped = [getattr(item, "tfm", item) for item in parts]  # Detectron2 wraps transforms
     return [(type(item).__name__, plain(vars(item))) for item in unwrapped]
+
+
+def parts_of(augmentation: Any) -> tuple[Any, ...]:
+    return (augmentation.resize, augmentation.crop) if isinstance(augmentation, ResizeAndCrop) else (augmentation,)
 
 
 def groups_of_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
