@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
-from mask2former.data.augmentation import ResizeAndCrop
+from mask2former.data.resized_crop import ResizeAndCrop
 from mask2former.engine import Recipe, load_recipe
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -43,7 +43,6 @@ from mask2former.data.augmentation import (
     PadToMultiple,
     RandomColorCurve,
     RandomScaledCrop,
-    ResizedCrop,
     build_test_augmentations,
     large_scale_jitter,
     microscopy,
@@ -51,6 +50,7 @@ from mask2former.data.augmentation import (
 )
 from mask2former.data.datasets import load_panoptic, panoptic_metadata
 from mask2former.data.panoptic_files import panoptic_to_semantic
+from mask2former.data.resized_crop import ResizedCrop
 from mask2former.errors import UserError
 
 SAMPLES = json.loads((Path(__file__).parent / "data" / "mapper_samples.json").read_text())

@@ -55,7 +55,8 @@ class Tally:
         """The summary, with warnings at its end."""
         noun = {"semantic": "areas", "panoptic": "segments"}.get(form, "objects")
         count = sum(self.objects.values())
-        lines = [f"{split}: {self.pictures} pictures, {count} {noun} of {len(classes)} classes, read as {form}"]
+        of_classes = "one class" if len(classes) == 1 else f"{len(classes)} classes"
+        lines = [f"{split}: {self.pictures} pictures, {count} {noun} of {of_classes}, read as {form}"]
         lines += [f"  {line}" for line in self._class_lines(form, noun, classes)]
         if self.small_picture and self.large_picture:
             lines.append(f"  smallest picture {self.small_picture[1]}, largest {self.large_picture[1]}")
