@@ -4,6 +4,7 @@ Letters: ``B`` batch, ``C`` channels, ``K`` classes.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from .transformer_decoder import StandardTransformerDecoder
 __all__ = ["PerPixelBaselineHead", "PerPixelBaselinePlusHead"]
 
 
-class PerPixelHead(RenamesOldWeights):
+class PerPixelHead(RenamesOldWeights, ABC):
     """What the two heads share: logits at the picture's size, and their loss.
 
     Args:
@@ -54,9 +55,9 @@ class PerPixelHead(RenamesOldWeights):
             "ignore_value": head.IGNORE_VALUE,
         }
 
+    @abstractmethod
     def predict(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Logits (B, K, H/4, W/4) of every prediction that is trained; the last is the result."""
-        raise NotImplementedError
 
     def forward(
         self, features: dict[str, Tensor], targets: Tensor | None = None
