@@ -32,6 +32,14 @@ def lazy_recipe(repository: Path) -> Path:
     return repository / "configs" / "lazy" / f"{PANOPTIC}.py"
 
 
+@pytest.mark.parametrize("options", [("SOLVER.STEPS", "(20,)"), ("SOLVER.LR_SCHEDULER_NAME", "WarmupLinearLR")])
+def test_schedules_that_cannot_be_made(yaml_recipe: Path, options: tuple[str, str]) -> None:
+    recipe = load_recipe(str(yaml_recipe), ["SOLVER.MAX_ITER", "20", *options])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(UserError, match=r"the schedule of .* MAX_ITER 20 and STEPS .* can't be made"):
+        recipe.build_scheduler(optimizer)
+
+
 SIZES = "VERSION: 2\nINPUT:\n  MIN_SIZE_TRAIN: !!python/object/apply:eval {}\n"
 
 

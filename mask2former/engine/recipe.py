@@ -181,6 +181,17 @@ def _keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         yield from (prefix + argument for argument in inspect.signature(target).parameters)
 
 
+def _build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+    try:
+        return build_lr_scheduler(cfg, optimizer)
+    except ValueError as error:  # an unknown name, or a step at the very end
+        solver = cfg.SOLVER
+        raise UserError(
+            f"the schedule of SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME}, MAX_ITER {solver.MAX_ITER} and "
+            f"STEPS {tuple(solver.STEPS)} can't be made: {_one_line(error)}"
+        ) from error
+
+
 def _from_yaml(cfg: CfgNode) -> Recipe:
     test = cfg.MODEL.MASK_FORMER.TEST
 
@@ -215,7 +226,7 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
         expected_results=cfg.TEST.EXPECTED_RESULTS,
         build_model=lambda: build_model(cfg),
         build_optimizer=lambda model: build_optimizer(cfg, model),
-        build_scheduler=lambda optimizer: build_lr_scheduler(cfg, optimizer),
+        build_scheduler=lambda optimizer: _build_scheduler(cfg, optimizer),
         build_train_loader=lambda: build_train_loader(cfg),
         test_sets=test_sets(
             "inference",
