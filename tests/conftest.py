@@ -1,5 +1,6 @@
 """Fixtures shared by the tests."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from detectron2.utils import logger as detectron2_logger
 from scripts import load_script
 from tiny_nuclei_model import one_thread
 
@@ -60,3 +62,16 @@ def one_thread_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     with one_thread():
         yield
+
+
+@pytest.fixture(autouse=True)
+def loggers_put_back() -> Iterator[None]:
+    """A run sets up its log, whose handlers would outlive the streams and folders of the test."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "mask2former", "fvcore")]
+    kept = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in kept:
+        if logger.handlers != handlers:
+            detectron2_logger.setup_logger.cache_clear()
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)

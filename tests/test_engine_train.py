@@ -1,14 +1,12 @@
 """Training and evaluation on a tiny data set: repeatable, resumable, stoppable; mistakes take one line."""
 
-import importlib.util
 import json
-import logging
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
+from scripts import Program, program
 from tiny_dataset import TinyNames, tiny_dataset
 from tiny_nuclei_model import one_thread
 
 from mask2former.engine import Recipe, evaluate_weights, load_recipe, train, trainer
 from mask2former.engine.recipe import TestSet as EvaluatedSet  # pytest collects what is called Test*
-from mask2former.errors import UserError, command
+from mask2former.errors import UserError
 
 RECIPE = """\
 VERSION: 2
@@ -249,9 +247,6 @@ def test_expected_results(recipe_file: Path, tmp_path: Path) -> None:
         evaluate_weights(replace(recipe, expected_results=[["bbox", "AP", 40.0, 0.5]]))
 
 
-Program = Callable[..., tuple[int, str]]
-
-
 @pytest.fixture
 def train_net(
     repository: Path,
@@ -259,29 +254,10 @@ def train_net(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Iterator[Program]:
-    """train_net.py as a function of its arguments: exit code and all it prints. Loggers are put back."""
-    spec = importlib.util.spec_from_file_location("train_net", repository / "train_net.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+) -> Program:
+    """train_net.py as a function of its arguments: exit code and all it prints."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(recipe_file), *arguments])
-        with pytest.raises(SystemExit) as caught:
-            command(module.main)
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out + printed.err
-
-    loggers = [logging.getLogger(name) for name in ("detectron2", "mask2former", "fvcore")]
-    kept = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
-    detectron2_logger.setup_logger.cache_clear()
-    yield run
-    for logger, handlers, propagate, level in kept:
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    detectron2_logger.setup_logger.cache_clear()
+    return program(repository / "train_net.py", monkeypatch, capsys, ["--config-file", str(recipe_file)])
 
 
 def assert_one_error(outcome: tuple[int, str], message: str) -> None:
@@ -348,7 +324,7 @@ runpy.run_path({program!r}, run_name="__main__")
 
 
 @pytest.fixture
-def program(repository: Path, data: TinyNames, data_root: Path, recipe_file: Path, tmp_path: Path) -> list[str]:
+def in_subprocess(repository: Path, data: TinyNames, data_root: Path, recipe_file: Path, tmp_path: Path) -> list[str]:
     """train_net.py's arguments for a subprocess that knows the tiny data set."""
     wrapper = tmp_path / "wrapper.py"
     tests, train_net = str(repository / "tests"), str(repository / "train_net.py")
@@ -362,12 +338,12 @@ def environment(repository: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_interrupt_saves_and_resume_goes_on(
-    program: list[str], train_net: Program, repository: Path, tmp_path: Path
+    in_subprocess: list[str], train_net: Program, repository: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C in a terminal reaches the data loader's workers too."""
     options = [*NO_EVALUATION, "DATALOADER.NUM_WORKERS", "1"]
     process = subprocess.Popen(
-        [sys.executable, *program, *options, "SOLVER.MAX_ITER", "100000"],
+        [sys.executable, *in_subprocess, *options, "SOLVER.MAX_ITER", "100000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -402,13 +378,15 @@ def test_interrupt_saves_and_resume_goes_on(
 
 
 @pytest.mark.slow
-def test_unreadable_picture_in_a_worker(program: list[str], data_root: Path, repository: Path, tmp_path: Path) -> None:
+def test_unreadable_picture_in_a_worker(
+    in_subprocess: list[str], data_root: Path, repository: Path, tmp_path: Path
+) -> None:
     picture = sorted((data_root / "images").iterdir())[0]
     content = picture.read_bytes()
     picture.write_bytes(content[:100])
     try:
         run = subprocess.run(
-            [sys.executable, *program, "DATALOADER.NUM_WORKERS", "1"],
+            [sys.executable, *in_subprocess, "DATALOADER.NUM_WORKERS", "1"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
@@ -422,10 +400,10 @@ def test_unreadable_picture_in_a_worker(program: list[str], data_root: Path, rep
 
 
 @pytest.mark.slow
-def test_two_processes_under_torchrun(program: list[str], repository: Path, tmp_path: Path) -> None:
+def test_two_processes_under_torchrun(in_subprocess: list[str], repository: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*torchrun, *program, *NO_EVALUATION, "SOLVER.MAX_ITER", "3"],
+        [*torchrun, *in_subprocess, *NO_EVALUATION, "SOLVER.MAX_ITER", "3"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -436,4 +414,12 @@ def test_two_processes_under_torchrun(program: list[str], repository: Path, tmp_
     assert run.returncode == 0, run.stderr
     assert [line["iteration"] for line in metrics(tmp_path / "output")] == [2]
     names = sorted(path.name for path in (tmp_path / "output").iterdir() if "tfevents" not in path.name)
-    assert names == ["config.yaml", "last_checkpoint", "log.txt", "log.txt.rank1", "metrics.json", "model_final.pth"]
+    assert names == [
+        "config.yaml",
+        "last_checkpoint",
+        "log.txt",
+        "log.txt.rank1",
+        "metrics.json",
+        "metrics.png",
+        "model_final.pth",
+    ]
