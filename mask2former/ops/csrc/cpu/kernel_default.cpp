@@ -1,0 +1,13 @@
+// The CPU kernels for every CPU of the platform (SSE2, NEON).
+#include "../ms_deform_attn.h"
+#include "kernel.h"
+
+#define MASK2FORMER_CAPABILITY plain
+#define MASK2FORMER_VECTOR_BYTES 16
+#include "kernels.inc.h"
+
+namespace mask2former {
+namespace cpu {
+const Kernels& kernels_default() { return plain::KERNELS; }
+}  // namespace cpu
+}  // namespace mask2former
