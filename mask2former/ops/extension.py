@@ -1,0 +1,78 @@
+"""Loads the compiled kernels that fit this torch and these sources, and says why others were not loaded."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from . import build
+
+__all__ = ["KERNELS", "reason"]
+
+BUILD_COMMAND = "python -m mask2former.ops --build"
+
+_REASONS: dict[str, str] = {}
+
+
+def mismatch(device: str, folder: Path = build.FOLDER) -> str:
+    """Why the library of a device type is not to be loaded, empty where it is. Nothing is loaded."""
+    if build.switched_off():
+        return "MASK2FORMER_NO_EXTENSION is set"
+    if not build.record_path(device, folder).is_file():
+        return f"they were not built ({BUILD_COMMAND} does it)"
+    record = build.read_record(device, folder)
+    if record.get("reason"):
+        return str(record["reason"])
+    built_for, library, digest = record.get("conditions"), record.get("library"), record.get("sha256")
+    if not (isinstance(built_for, dict) and isinstance(library, str) and isinstance(digest, str)):
+        return f"{build.record_path(device, folder).name} is not a record of a build ({BUILD_COMMAND} mends it)"
+    for name, here in build.conditions(device, folder).items():
+        there = built_for.get(name)
+        if there != here:
+            if name == "sources":
+                return f"their sources have changed since they were built ({BUILD_COMMAND})"
+            return f"they were built for {name} {there}, and here it is {here} ({BUILD_COMMAND})"
+    try:
+        contents = (folder / library).read_bytes()
+    except OSError as error:
+        return f"{library} can't be read ({error.strerror}; {BUILD_COMMAND} mends it)"
+    # A library that was cut short can end the whole program when it is loaded.
+    if hashlib.sha256(contents).hexdigest() != digest:
+        return f"{library} is damaged ({BUILD_COMMAND} mends it)"
+    return ""
+
+
+def load(device: str, folder: Path = build.FOLDER) -> str:
+    """Load the library of a device type.
+
+    Returns:
+        Why it was not loaded, empty where it was.
+    """
+    try:
+        why_not = mismatch(device, folder)
+        if not why_not:
+            torch.ops.load_library(str(folder / build.read_record(device, folder)["library"]))
+    except Exception as error:  # the program has to run without kernels, whatever is the matter with them
+        return f"loading them failed: {error}"
+    return why_not
+
+
+def load_all() -> frozenset[str]:
+    """Load what there is.
+
+    Returns:
+        The device types that have kernels.
+    """
+    _REASONS["cpu"] = load("cpu")
+    # The schemas are in the CPU's library.
+    _REASONS["cuda"] = load("cuda") if not _REASONS["cpu"] else f"there are no CPU kernels: {_REASONS['cpu']}"
+    return frozenset(device for device, why_not in _REASONS.items() if not why_not)
+
+
+KERNELS: frozenset[str] = load_all()
+"""Device types that have kernels, of "cpu" and "cuda"."""
+
+
+def reason(device_type: str) -> str:
+    """Why a device type has no kernels, empty where it has."""
+    return _REASONS.get(device_type, f"there are none for {device_type}")
