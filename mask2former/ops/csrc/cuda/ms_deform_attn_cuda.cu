@@ -6,8 +6,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
+#include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "kernels.cuh"
 
