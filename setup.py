@@ -1,10 +1,12 @@
 """How the package is built and what it needs; ``make`` installs it with everything else (CONTRIBUTING.md)."""
 
+import importlib.util
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 # Lower bounds only: exact versions that are known to work together are in constraints.txt.
@@ -52,7 +54,7 @@ EXTRAS = {
     # COCO-Stuff 10k's annotations, for the command that prepares it.
     "coco-stuff": ["h5py>=3.8"],
     # Tests also use what TESTED_AGAINST in tools/setup_environment.py names.
-    "dev": ["h5py>=3.8", "mypy>=1.10", "pytest>=7.4", "ruff>=0.6", "transformers>=4.40"],
+    "dev": ["h5py>=3.8", "hypothesis>=6.80", "mypy>=1.10", "pytest>=7.4", "ruff>=0.6", "transformers>=4.40"],
 }
 
 
@@ -68,6 +70,42 @@ class BuildWithRecipes(build_py):
             shutil.copytree("configs", copy, ignore=shutil.ignore_patterns("__pycache__"))
 
 
+# Loaded by its path, because importing the package takes torch, which a build in isolation has not.
+OPS = Path(__file__).resolve().parent / "mask2former" / "ops"
+specification = importlib.util.spec_from_file_location("mask2former_build", OPS / "build.py")
+kernels = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(kernels)
+
+
+class BuildKernels(build_ext):
+    """The compiled kernels, in place in editable mode. Where they can't be built, the package goes without."""
+
+    def run(self) -> None:
+        """Build."""
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        target = OPS if in_place else Path(self.build_lib).resolve() / "mask2former" / "ops"
+        for device in kernels.DEVICES:
+            # An editable install comes after every change of setup.py, and most leave the kernels as they are.
+            record = kernels.build(device, target, OPS, say=self.announce_line, again=False)
+            self.announce_line(kernels.describe(device, record))
+
+    def announce_line(self, line: str) -> None:
+        """Show a line of progress, which pip shows with --verbose."""
+        print(f"mask2former: {line}", flush=True)
+
+    def get_outputs(self) -> list[str]:
+        """Libraries and records, for the list of installed files."""
+        target = Path(self.build_lib) / "mask2former" / "ops"
+        return [str(path) for pattern in ("_*.so", "_*.json") for path in sorted(target.glob(pattern))]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """None: nothing is copied from build_lib in editable mode."""
+        return {}
+
+
+# Makes the wheel one for this platform. What is compiled and how is in mask2former/ops/build.py.
+with_kernels = find_spec("torch") is not None and not kernels.switched_off()
+
 setup(
     name="mask2former",
     version="0.1.0",
@@ -75,8 +113,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["mask2former", "mask2former.*"]),
-    package_data={"mask2former": ["**/*.json"]},
-    cmdclass={"build_py": BuildWithRecipes},
+    # The kernels' sources come along, so that they can be built later, too.
+    package_data={"mask2former": ["**/*.json", *(f"ops/csrc/**/*.{end}" for end in ("h", "cpp", "cu", "cuh"))]},
+    exclude_package_data={"mask2former": ["ops/_*.json"], "mask2former.ops": ["_*.json"]},
+    ext_modules=[Extension("mask2former.ops._kernels", [])] if with_kernels else [],
+    cmdclass={"build_py": BuildWithRecipes, "build_ext": BuildKernels},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     zip_safe=False,

@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 VENV = REPOSITORY / ".venv"
 CONSTRAINTS = REPOSITORY / "constraints.txt"
 DEFINITIONS = (CONSTRAINTS, REPOSITORY / "setup.py", Path(__file__).resolve())
+OPS = REPOSITORY / "mask2former" / "ops"
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 4)
@@ -126,9 +127,18 @@ def fingerprint() -> str:
         digest.update("\n".join([folder, *distributions]).encode())
         for source in sorted(Path(folder).glob("mask2former-*.dist-info/direct_url.json")):
             digest.update(source.read_bytes())
-    for path in DEFINITIONS:
-        digest.update(path.read_bytes())
+    sources = sorted(path for path in (OPS / "csrc").glob("**/*") if path.is_file())
+    for path in (*DEFINITIONS, OPS / "build.py", *sources):
+        digest.update(str(path).encode() + path.read_bytes())
+    # The compiled kernels' records are gone where somebody cleaned the folder, or switched the build off and on.
+    digest.update(" ".join(str(path.is_file()) for path in kernel_records()).encode())
+    digest.update(os.environ.get("MASK2FORMER_NO_EXTENSION", "").encode())
     return digest.hexdigest()
+
+
+def kernel_records() -> tuple[Path, ...]:
+    """Files that say what was compiled, or why nothing was."""
+    return OPS / "_cpu.json", OPS / "_cuda.json"
 
 
 def stamp_path(dev: bool) -> Path:
@@ -220,6 +230,20 @@ class Installer:
         missing = [part for part in TESTED_AGAINST if part not in installed()] if dev else []
         if missing:
             self.install("--no-deps", *missing, what=" and ".join(missing))
+
+    def kernels(self) -> None:
+        """Build what the editable install, which pip runs in silence, is not to be kept waiting for."""
+        program = (
+            "import sys, importlib.util as u\n"
+            "spec = u.spec_from_file_location('build', sys.argv[1]); build = u.module_from_spec(spec)\n"
+            "spec.loader.exec_module(build)\n"
+            "for device in build.DEVICES:\n"
+            "    record = build.build(device, again=False, say=lambda line: print('set-up:', line, flush=True))\n"
+            "    print('set-up:', build.describe(device, record), flush=True)\n"
+        )
+        command = [sys.executable, "-W", "ignore", "-c", program, str(OPS / "build.py")]
+        if subprocess.run(command, check=False).returncode != 0:
+            say("the kernels could not be built: attention runs in plain PyTorch, more slowly")
 
     def detectron2(self) -> None:
         if find_spec("detectron2") is not None:
@@ -317,6 +341,7 @@ def set_up(keep: bool, dev: bool) -> None:
         installer = Installer(write_kept_constraints(Path(folder)) if keep else CONSTRAINTS, keep)
         installer.build_tools()
         installer.torch()
+        installer.kernels()
         installer.package(dev)
         installer.detectron2()
     say(describe_added(before, installed()))

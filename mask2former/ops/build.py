@@ -32,7 +32,7 @@ HEADERS = {"cpu": ("*.h", "cpu/*.h"), "cuda": ("*.h", "cuda/*.cuh", "cuda/*.h")}
 
 # The C++ standard is left to torch. at::parallel_for is an OpenMP loop in torch's headers; its run-time library is not
 # linked, because torch brings its own, and a second one would start threads of its own.
-CXX_FLAGS = ("-O3", "-Wall", "-Wextra", *(("-fopenmp",) if sys.platform == "linux" else ()))
+CXX_FLAGS = ("-O3", "-g0", "-Wall", "-Wextra", *(("-fopenmp",) if sys.platform == "linux" else ()))
 NVCC_FLAGS = ("-O3", "-Xcompiler=-Wall,-Wextra")
 
 LINES_KEPT = 12  # of a failed build
@@ -138,7 +138,7 @@ def arch_list() -> str:
 def compile_library(device: str, folder: Path, workplace: Path) -> None:
     """Compile with torch's BuildExtension, in a process of its own (this file as a program)."""
     import torch
-    from setuptools import setup
+    from setuptools import setup  # type: ignore[import-untyped, unused-ignore]
     from torch.utils import cpp_extension
 
     sources = [str(path) for path in files(device, SOURCES, folder)]
@@ -146,7 +146,7 @@ def compile_library(device: str, folder: Path, workplace: Path) -> None:
     torch_headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     if device == "cuda":
         kind = cpp_extension.CUDAExtension
-        compile_args = {"cxx": ["-O3", *torch_headers], "nvcc": [*NVCC_FLAGS, *torch_headers]}
+        compile_args = {"cxx": ["-O3", "-g0", *torch_headers], "nvcc": [*NVCC_FLAGS, *torch_headers]}
     else:
         kind = cpp_extension.CppExtension
         compile_args = {"cxx": [*CXX_FLAGS, *torch_headers]}
