@@ -322,10 +322,10 @@ def on_gpu() -> Iterator[Callable[[Inputs, int], tuple[Tensor, Gradients]]]:
     """Output and gradients of the operators on the GPU of a number."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    from mask2former.ops import extension
+    from mask2former.ops.extension import KERNELS, reason
 
-    if "cuda" not in extension.KERNELS:
-        pytest.skip(f"there are no CUDA kernels: {extension.reason('cuda')}")
+    if "cuda" not in KERNELS:
+        pytest.skip(f"there are no CUDA kernels: {reason('cuda')}")
 
     def run(inputs: Inputs, device: int = 0) -> tuple[Tensor, Gradients]:
         sampling = [inputs.sampling, inputs.attention]

@@ -1,7 +1,7 @@
 // The CUDA kernels of multi-scale deformable attention, on plain pointers and without a header of torch.
 //
-// A group of `Lanes` threads of a warp computes one (picture, query, head); a thread has `Vec` neighbouring channels, 16
-// bytes of the value in the fast variants. Lane j works out where sample j of the next `Lanes` ones lies and what it
+// A group of `Lanes` threads of a warp computes one (picture, query, head); a thread has `Vec` neighbouring channels,
+// 16 bytes of the value in the fast variants. Lane j works out where sample j of the next `Lanes` ones lies and what it
 // weighs; then the group goes through them together, each lane being told by shuffles. Threads of a group never part
 // ways around a shuffle, and groups without a query of their own (the last block's) go along without writing.
 //

@@ -126,7 +126,8 @@ class Inputs {
                     reference_points.size(1) == sampling.size(1) && reference_points.size(2) == sampling.size(3) &&
                     reference_points.size(3) == 2 && reference_points.scalar_type() == sampling.scalar_type() &&
                     reference_points.device() == value.device(),
-                "reference_points must be (B or 1, Q, L, 2), in the offsets' dtype and on their device, but have shape ",
+                "reference_points must be (B or 1, Q, L, 2), in the offsets' dtype and on their device, but have shape "
+                "and dtype ",
                 reference_points.sizes(), ", ", reference_points.scalar_type());
   }
 
