@@ -40,8 +40,7 @@ lint: setup-dev ## Check formatting, rules and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: setup-dev ## Measure the operator, and data loading on COCO in DETECTRON2_DATASETS, beside other ways of the same
-	$(PY) $(QUIET) benchmarks/ms_deform_attn.py
+bench: setup-dev ## Measure data loading beside the published way of it, on COCO in DETECTRON2_DATASETS
 	$(PY) $(QUIET) benchmarks/mappers.py
 
 train-nuclei: nuclei-given setup ## Train the model of the demo anew: make train-nuclei NUCLEI=<folder of the data set>
