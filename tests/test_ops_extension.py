@@ -90,6 +90,11 @@ def test_a_missing_library_is_a_reason(built):
     assert "can't be read" in extension.load("cpu", built)
 
 
+def test_a_name_that_no_file_can_have_is_a_reason(built):
+    write_record(built, library="_cpu\0.so")
+    assert "can't be read" in extension.load("cpu", built)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"library": 1, "conditions": {}, "sha256": ""}', "\0"])
 def test_a_broken_record_is_a_reason(built, text):
     build.record_path("cpu", built).write_text(text)

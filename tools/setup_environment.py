@@ -232,18 +232,14 @@ class Installer:
             self.install("--no-deps", *missing, what=" and ".join(missing))
 
     def kernels(self) -> None:
-        """Build what the editable install, which pip runs in silence, is not to be kept waiting for."""
-        program = (
-            "import sys, importlib.util as u\n"
-            "spec = u.spec_from_file_location('build', sys.argv[1]); build = u.module_from_spec(spec)\n"
-            "spec.loader.exec_module(build)\n"
-            "for device in build.DEVICES:\n"
-            "    record = build.build(device, again=False, say=lambda line: print('set-up:', line, flush=True))\n"
-            "    print('set-up:', build.describe(device, record), flush=True)\n"
-        )
-        command = [sys.executable, "-W", "ignore", "-c", program, str(OPS / "build.py")]
-        if subprocess.run(command, check=False).returncode != 0:
-            say("the kernels could not be built: attention runs in plain PyTorch, more slowly")
+        """Build the compiled kernels, with progress: pip, which would build them too, runs in silence."""
+        command = [sys.executable, "-W", "ignore", str(OPS / "build.py")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                say(line.rstrip())
+        if process.returncode != 0:
+            say("the kernels could not be built: the package works without them")
 
     def detectron2(self) -> None:
         if find_spec("detectron2") is not None:

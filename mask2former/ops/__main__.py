@@ -30,7 +30,8 @@ def build_all() -> int:
         for device in build.DEVICES:
             record = build.build(device, say=lambda line: print(line, flush=True))
             print(build.describe(device, record))
-            print(*record.get("warnings", []), *str(record.get("reason", "")).splitlines()[1:], sep="\n", end="")
+            for line in (*record.get("warnings", []), *str(record.get("reason", "")).splitlines()[1:]):
+                print(line)
             failed |= not record.get("library") and (device == "cpu" or "failed" in record.get("reason", ""))
     except OSError as error:
         print(f"error: {build.FOLDER} can't be written to ({error.strerror})", file=sys.stderr)

@@ -18,10 +18,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEVICES", "FOLDER", "build", "conditions", "read_record", "record_path", "switched_off"]
+__all__ = [
+    "DEVICES",
+    "FOLDER",
+    "build",
+    "build_what_is_missing",
+    "conditions",
+    "describe",
+    "read_record",
+    "record_path",
+    "switched_off",
+]
 
 FOLDER = Path(__file__).resolve().parent
 DEVICES = ("cpu", "cuda")
@@ -36,6 +47,8 @@ CXX_FLAGS = ("-O3", "-g0", "-Wall", "-Wextra", *(("-fopenmp",) if sys.platform =
 NVCC_FLAGS = ("-O3", "-Xcompiler=-Wall,-Wextra")
 
 LINES_KEPT = 12  # of a failed build
+
+SayLine = Callable[[str], None]
 
 
 def switched_off() -> bool:
@@ -91,14 +104,24 @@ def conditions(device: str, folder: Path = FOLDER) -> dict[str, str]:
     return found
 
 
+def torch_problem() -> str:
+    """Why torch can't be imported, empty where it can."""
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: a library that torch needs is missing
+        return f"there was no torch to build with ({error})"
+    return ""
+
+
 def obstacle(device: str, folder: Path) -> str:
     """Why a library can't be built or isn't to be, empty where it can."""
     if switched_off():
-        return "MASK2FORMER_NO_EXTENSION was set when it was to be built"
-    try:
-        import torch
-    except Exception as error:  # a torch that is broken, too
-        return f"there was no torch to build with ({error})"
+        return "MASK2FORMER_NO_EXTENSION was set when they were to be built"
+    without_torch = torch_problem()
+    if without_torch:
+        return without_torch
+    import torch
+
     if not files(device, SOURCES, folder):
         return f"there are no sources in {folder / 'csrc'}"
     compiler = (os.environ.get("CXX") or "c++").split()
@@ -138,7 +161,7 @@ def arch_list() -> str:
 def compile_library(device: str, folder: Path, workplace: Path) -> None:
     """Compile with torch's BuildExtension, in a process of its own (this file as a program)."""
     import torch
-    from setuptools import setup  # type: ignore[import-untyped, unused-ignore]
+    from setuptools import setup
     from torch.utils import cpp_extension
 
     sources = [str(path) for path in files(device, SOURCES, folder)]
@@ -214,7 +237,7 @@ def put_in_place(device: str, target: Path, record: dict[str, Any], library: Pat
 
 
 def build(
-    device: str, target: Path = FOLDER, folder: Path = FOLDER, say: Any = None, again: bool = True
+    device: str, target: Path = FOLDER, folder: Path = FOLDER, say: SayLine | None = None, again: bool = True
 ) -> dict[str, Any]:
     """Build a device type's library and put it with its record into ``target``.
 
@@ -233,7 +256,7 @@ def build(
     """
     old = read_record(device, target)
     why_not = obstacle(device, folder)
-    wanted = {} if why_not.startswith("there was no torch") else conditions(device, folder)
+    wanted = {} if torch_problem() else conditions(device, folder)
     fits = bool(old.get("library")) and old.get("conditions") == wanted and (target / str(old["library"])).is_file()
     if fits and not again:
         return old
@@ -272,6 +295,24 @@ def describe(device: str, record: dict[str, Any]) -> str:
     return f"{device.upper()} kernels: none, {reason[0]}{' ' + details if details else ''}"
 
 
-if __name__ == "__main__":
+def build_what_is_missing(say: SayLine, target: Path = FOLDER) -> None:
+    """Build each library that isn't there or doesn't fit, and say what came of it."""
+    for device in DEVICES:
+        say(describe(device, build(device, target, say=say, again=False)))
+
+
+def main(arguments: list[str]) -> None:
+    """As a program, which needs no installed package: without arguments, build what is missing.
+
+    With three, a device type, the folder of the sources and a folder for the result, compile one library.
+    """
     sys.path.pop(0)  # this folder, whose modules are not meant to be found by their bare names
-    compile_library(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    if arguments:
+        device, folder, workplace = arguments
+        compile_library(device, Path(folder), Path(workplace))
+    else:
+        build_what_is_missing(lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -26,7 +26,11 @@ def mismatch(device: str, folder: Path = build.FOLDER) -> str:
     built_for, library, digest = record.get("conditions"), record.get("library"), record.get("sha256")
     if not (isinstance(built_for, dict) and isinstance(library, str) and isinstance(digest, str)):
         return f"{build.record_path(device, folder).name} is not a record of a build ({BUILD_COMMAND} mends it)"
-    for name, here in build.conditions(device, folder).items():
+    try:
+        conditions = build.conditions(device, folder)
+    except OSError as error:
+        return f"their sources can't be read ({error})"
+    for name, here in conditions.items():
         there = built_for.get(name)
         if there != here:
             if name == "sources":
@@ -34,8 +38,8 @@ def mismatch(device: str, folder: Path = build.FOLDER) -> str:
             return f"they were built for {name} {there}, and here it is {here} ({BUILD_COMMAND})"
     try:
         contents = (folder / library).read_bytes()
-    except OSError as error:
-        return f"{library} can't be read ({error.strerror}; {BUILD_COMMAND} mends it)"
+    except (OSError, ValueError) as error:  # ValueError: not the name of a file
+        return f"{library!r} can't be read ({error}; {BUILD_COMMAND} mends it)"
     # A library that was cut short can end the whole program when it is loaded.
     if hashlib.sha256(contents).hexdigest() != digest:
         return f"{library} is damaged ({BUILD_COMMAND} mends it)"
@@ -48,13 +52,15 @@ def load(device: str, folder: Path = build.FOLDER) -> str:
     Returns:
         Why it was not loaded, empty where it was.
     """
+    why_not = mismatch(device, folder)
+    if why_not:
+        return why_not
+    library = folder / build.read_record(device, folder)["library"]
     try:
-        why_not = mismatch(device, folder)
-        if not why_not:
-            torch.ops.load_library(str(folder / build.read_record(device, folder)["library"]))
-    except Exception as error:  # the program has to run without kernels, whatever is the matter with them
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:  # the system's loader; torch, of operators that are there already
         return f"loading them failed: {error}"
-    return why_not
+    return ""
 
 
 def load_all() -> frozenset[str]:
