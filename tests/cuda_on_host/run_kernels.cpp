@@ -4,6 +4,7 @@
 #include "kernels.cuh"
 
 using namespace mask2former::cuda;
+using mask2former::Type;
 
 namespace {
 
@@ -18,7 +19,7 @@ struct Launch {
 
 // As `Problem` and `Gradients`, with types of which the offsets are easily known from outside.
 struct Call {
-  int64_t value_type, sampling_type;  // number of the enumerator of Type
+  int64_t value_type;  // number of the enumerator of Type
   int64_t batch, positions, queries, heads, channels, levels, points;
   const Level* level;  // (L): height, width, start
   const void* value;
@@ -63,12 +64,12 @@ Problem problem_of(const Call& call) {
 }  // namespace
 
 extern "C" void forward(const Call* call) {
-  with_types(static_cast<Type>(call->value_type), static_cast<Type>(call->sampling_type),
-             [&](auto kernels) { kernels.forward(Launch(), problem_of(*call), call->output); });
+  with_type(static_cast<Type>(call->value_type),
+            [&](auto kernels) { kernels.forward(Launch(), problem_of(*call), call->output); });
 }
 
 extern "C" void backward(const Call* call) {
-  with_types(static_cast<Type>(call->value_type), static_cast<Type>(call->sampling_type), [&](auto kernels) {
+  with_type(static_cast<Type>(call->value_type), [&](auto kernels) {
     kernels.backward(Launch(), problem_of(*call), call->positions, call->gradients);
     if (call->gradients.fixed)
       kernels.finish(Launch(), problem_of(*call), call->positions, call->gradients, call->grad_value);

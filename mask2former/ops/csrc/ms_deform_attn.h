@@ -15,6 +15,8 @@
 
 namespace mask2former {
 
+enum class Type { float64, float32, bfloat16, float16 };
+
 // Where along one axis of `size` cells a point lies: between the centres of cells `low` and `low + 1`, `fraction` of
 // the way. `low_inside` and `high_inside` say which of the two cells exist.
 template <typename T>

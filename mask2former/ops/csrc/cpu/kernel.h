@@ -4,10 +4,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../ms_deform_attn.h"
+
 namespace mask2former {
 namespace cpu {
-
-enum class Type { float64, float32, bfloat16, float16 };
 
 // B batch, S positions of all levels together, Q queries, M heads, D channels of a head, L levels, P points.
 // Strides count elements. value's D, and the (L, P, 2) or (L, P) of the sampling tensors, are contiguous.

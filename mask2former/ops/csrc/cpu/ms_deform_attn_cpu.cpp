@@ -1,4 +1,4 @@
-// The operators on CPU tensors: checks, memory, threads, and the choice of the kernels' capability.
+// The operators on CPU tensors: memory, threads, and the choice of the kernels' capability.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../arguments.h"
 #include "kernel.h"
 
 namespace mask2former {
@@ -38,104 +39,23 @@ const Kernels& kernels() {
   return chosen;
 }
 
-Type type_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return Type::float64;
-    case at::kFloat:
-      return Type::float32;
-    case at::kBFloat16:
-      return Type::bfloat16;
-    case at::kHalf:
-      return Type::float16;
-    default:
-      TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16, but is ", tensor.scalar_type());
-  }
-}
-
-// A tensor whose last `count` dimensions lie in memory as in a contiguous one; copied only if they don't.
-Tensor with_contiguous_end(const Tensor& tensor, int64_t count) {
-  int64_t expected = 1;
-  for (int64_t i = tensor.dim() - 1; i >= tensor.dim() - count; --i) {
-    if (tensor.size(i) != 1 && tensor.stride(i) != expected) return tensor.contiguous();
-    expected *= tensor.size(i);
-  }
-  return tensor;
-}
-
-// Tensors in the layout that the kernels read, and the problem that points into them.
-struct Arguments {
-  Tensor value, reference_points, sampling, attention;
-  std::vector<int64_t> spatial_shapes;
+// The arguments, and the problem that points into them.
+struct CpuArguments : Arguments {
+  using Arguments::Arguments;
   Problem problem;
 };
 
-std::unique_ptr<Arguments> make_arguments(const Tensor& value, at::IntArrayRef spatial_shapes,
-                                          const Tensor& reference_points, const Tensor& sampling,
-                                          const Tensor& attention) {
-  TORCH_CHECK(value.dim() == 4, "value must be (B, S, M, D), but has shape ", value.sizes());
-  TORCH_CHECK(sampling.dim() == 6 && sampling.size(5) == 2,
-              "sampling locations or offsets must be (B, Q, M, L, P, 2), but have shape ", sampling.sizes());
-  TORCH_CHECK(spatial_shapes.size() == size_t(2 * sampling.size(3)), "spatial_shapes must be height and width of ",
-              sampling.size(3), " levels, but are ", spatial_shapes);
-  TORCH_CHECK(attention.sizes() == sampling.sizes().slice(0, 5), "attention weights or logits must have shape ",
-              sampling.sizes().slice(0, 5), ", but have shape ", attention.sizes());
-  TORCH_CHECK(sampling.size(0) == value.size(0) && sampling.size(2) == value.size(2), "value has shape ", value.sizes(),
-              " but the sampling tensor ", sampling.sizes(), ": B and M must be equal");
-  int64_t cells = 0;
-  for (size_t level = 0; level < spatial_shapes.size(); level += 2) {
-    TORCH_CHECK(spatial_shapes[level] >= 0 && spatial_shapes[level] < (1 << 24) && spatial_shapes[level + 1] >= 0 &&
-                    spatial_shapes[level + 1] < (1 << 24),
-                "spatial_shapes must lie between 0 and 2^24, but are ", spatial_shapes);
-    cells += spatial_shapes[level] * spatial_shapes[level + 1];
-  }
-  TORCH_CHECK(cells == value.size(1), "spatial_shapes have ", cells, " cells, but value has ", value.size(1),
-              " positions");
-  for (const Tensor* tensor : {&value, &sampling, &attention})
-    TORCH_CHECK(tensor->device().is_cpu(), "all tensors must be on the CPU, but one is on ", tensor->device());
-
-  auto arguments = std::make_unique<Arguments>();
+std::unique_ptr<CpuArguments> make_arguments(const Tensor& value, at::IntArrayRef spatial_shapes,
+                                             const Tensor& reference_points, const Tensor& sampling,
+                                             const Tensor& attention) {
+  auto arguments =
+      std::make_unique<CpuArguments>(value, spatial_shapes, reference_points, sampling, attention);
   Problem& problem = arguments->problem;
-  problem.value_type = type_of(value, "value");
-  const bool half = problem.value_type == Type::bfloat16 || problem.value_type == Type::float16;
-  const bool same = sampling.scalar_type() == value.scalar_type() && attention.scalar_type() == value.scalar_type();
-  const at::ScalarType sampling_type = half && !same ? at::kFloat : value.scalar_type();
-  arguments->value = with_contiguous_end(value, 1);
-  arguments->sampling = with_contiguous_end(sampling.to(sampling_type), 3);
-  arguments->attention = with_contiguous_end(attention.to(sampling_type), 2);
-  arguments->spatial_shapes = spatial_shapes.vec();
-  problem.sampling_type = type_of(arguments->sampling, "the sampling tensor");
-  problem.batch = value.size(0);
+  arguments->describe(problem);
+  problem.value_type = arguments->value_type;
+  problem.sampling_type = arguments->value_type == Type::float64 ? Type::float64 : Type::float32;
   problem.positions = value.size(1);
-  problem.heads = value.size(2);
-  problem.channels = value.size(3);
-  problem.queries = sampling.size(1);
-  problem.levels = sampling.size(3);
-  problem.points = sampling.size(4);
   problem.spatial_shapes = arguments->spatial_shapes.data();
-  problem.value = arguments->value.const_data_ptr();
-  problem.sampling = arguments->sampling.const_data_ptr();
-  problem.attention = arguments->attention.const_data_ptr();
-  for (int i = 0; i < 3; ++i) {
-    problem.value_stride[i] = arguments->value.stride(i);
-    problem.sampling_stride[i] = arguments->sampling.stride(i);
-    problem.attention_stride[i] = arguments->attention.stride(i);
-  }
-  problem.reference_points = nullptr;
-  if (reference_points.defined()) {
-    TORCH_CHECK(reference_points.dim() == 4 && reference_points.size(1) == sampling.size(1) &&
-                    reference_points.size(2) == sampling.size(3) && reference_points.size(3) == 2 &&
-                    (reference_points.size(0) == 1 || reference_points.size(0) == value.size(0)),
-                "reference_points must be (B or 1, Q, L, 2) with B ", value.size(0), ", Q ", sampling.size(1), ", L ",
-                sampling.size(3), ", but have shape ", reference_points.sizes());
-    // Never in half precision, whose step near 1 is half a cell of a wide level.
-    const Tensor points = reference_points.to(problem.value_type == Type::float64 ? at::kDouble : at::kFloat);
-    // Levels may be expanded (stride 0) but are small: a copy of (Q, L, 2) a batch.
-    arguments->reference_points = with_contiguous_end(points, 2);
-    problem.reference_points = arguments->reference_points.const_data_ptr();
-    problem.reference_stride[0] = arguments->reference_points.size(0) == 1 ? 0 : arguments->reference_points.stride(0);
-    problem.reference_stride[1] = arguments->reference_points.stride(1);
-  }
   return arguments;
 }
 

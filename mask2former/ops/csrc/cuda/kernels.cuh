@@ -18,7 +18,8 @@ namespace mask2former {
 namespace cuda {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Numbers. Half types are stored as their bits and computed with as float32.
+// Numbers. Half types are stored as their bits and computed with as float32. A kernel's T is the type of the value, the
+// output and their gradients, and its A, which it computes with, the type of all else.
 
 struct BFloat16 {
   uint16_t bits;
@@ -60,7 +61,6 @@ __device__ __forceinline__ float widen(BFloat16 number) {
 }
 
 __device__ __forceinline__ void narrow(double number, double& result) { result = number; }
-__device__ __forceinline__ void narrow(double number, float& result) { result = static_cast<float>(number); }
 __device__ __forceinline__ void narrow(float number, float& result) { result = number; }
 __device__ __forceinline__ void narrow(float number, Float16& result) { result.bits = half_bits_of_float(number); }
 __device__ __forceinline__ void narrow(float number, BFloat16& result) {  // to nearest, ties to even
@@ -103,8 +103,6 @@ __device__ __forceinline__ void store(T* target, const A (&source)[Vec]) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What a kernel works on
 
-enum class Type { float64, float32, bfloat16, float16 };
-
 struct Level {
   int height, width, start;  // start: positions of the levels before it
 };
@@ -139,7 +137,6 @@ struct Gradients {
   const double* bound;  // one number: no sum of `fixed` can be larger
   void* sampling;       // (B, Q, M, L, P, 2)
   void* attention;      // (B, Q, M, L, P)
-  void* scratch;        // (B, Q, M, L, P) in float32, or float64 for float64; may be `attention`. Used with a softmax
 };
 
 __device__ __forceinline__ Level level_of(const Problem& problem, int index) {
@@ -202,37 +199,37 @@ struct Sample {
 };
 
 // Pointers to one item's part of the sampling tensors.
-template <typename S>
+template <typename A>
 struct Samples {
-  const S* reference;  // null: locations and weights are given as they are
-  const S* sampling;
-  const S* attention;
+  const A* reference;  // null: locations and weights are given as they are
+  const A* sampling;
+  const A* attention;
 };
 
-template <typename S>
-__device__ __forceinline__ Samples<S> samples_of(const Problem& problem, const Item& item) {
-  Samples<S> samples;
-  samples.reference = static_cast<const S*>(problem.reference_points);
+template <typename A>
+__device__ __forceinline__ Samples<A> samples_of(const Problem& problem, const Item& item) {
+  Samples<A> samples;
+  samples.reference = static_cast<const A*>(problem.reference_points);
   if (samples.reference)
     samples.reference += item.batch * problem.reference_stride[0] + item.query * problem.reference_stride[1];
-  samples.sampling = static_cast<const S*>(problem.sampling) + item.batch * problem.sampling_stride[0] +
+  samples.sampling = static_cast<const A*>(problem.sampling) + item.batch * problem.sampling_stride[0] +
                      item.query * problem.sampling_stride[1] + item.head * problem.sampling_stride[2];
-  samples.attention = static_cast<const S*>(problem.attention) + item.batch * problem.attention_stride[0] +
+  samples.attention = static_cast<const A*>(problem.attention) + item.batch * problem.attention_stride[0] +
                       item.query * problem.attention_stride[1] + item.head * problem.attention_stride[2];
   return samples;
 }
 
-template <typename A, typename S>
-__device__ __forceinline__ Sample<A> sample_at(const Problem& problem, const Samples<S>& samples, int index,
+template <typename A>
+__device__ __forceinline__ Sample<A> sample_at(const Problem& problem, const Samples<A>& samples, int index,
                                                A largest) {
   const int level_index = index / problem.points;
   const Level level = level_of(problem, level_index);
-  A x = A(widen(samples.sampling[2 * index])), y = A(widen(samples.sampling[2 * index + 1]));
+  A x = samples.sampling[2 * index], y = samples.sampling[2 * index + 1];
   Sample<A> sample;
-  sample.weight = A(widen(samples.attention[index]));
+  sample.weight = samples.attention[index];
   if (samples.reference) {
-    x = coordinate_of_offset(A(widen(samples.reference[2 * level_index])), x, level.width);
-    y = coordinate_of_offset(A(widen(samples.reference[2 * level_index + 1])), y, level.height);
+    x = coordinate_of_offset(samples.reference[2 * level_index], x, level.width);
+    y = coordinate_of_offset(samples.reference[2 * level_index + 1], y, level.height);
     sample.weight = exponential(sample.weight - largest);
   } else {
     x = coordinate_of_location(x, level.width);
@@ -268,11 +265,11 @@ __device__ __forceinline__ A sum_of_group(A number) {
 }
 
 // Of all samples of the item.
-template <typename A, int Lanes, typename S>
-__device__ __forceinline__ A largest_logit(const Samples<S>& samples, int count, int lane) {
+template <int Lanes, typename A>
+__device__ __forceinline__ A largest_logit(const Samples<A>& samples, int count, int lane) {
   A largest = A(-INFINITY);
   for (int index = lane; index < count; index += Lanes) {
-    const A logit = A(widen(samples.attention[index]));
+    const A logit = samples.attention[index];
     largest = logit > largest ? logit : largest;
   }
 #pragma unroll
@@ -286,17 +283,17 @@ __device__ __forceinline__ A largest_logit(const Samples<S>& samples, int count,
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward. Whole: Vec * Lanes channels are all there are; else there may be any number, and Vec is 1.
 
-template <typename T, typename S, int Vec, int Lanes, bool Whole>
+template <typename T, int Vec, int Lanes, bool Whole>
 __global__ void __launch_bounds__(threads_per_block)
     forward_kernel(const Problem problem, const int64_t first_block, T* __restrict__ output) {
   using A = typename Accumulator<T>::type;
   const Item item = item_of_thread<Lanes>(problem, first_block + blockIdx.x);
   const int lane = threadIdx.x % Lanes;
   const int count = problem.levels * problem.points;
-  const Samples<S> samples = samples_of<S>(problem, item);
+  const Samples<A> samples = samples_of<A>(problem, item);
   const T* const value = static_cast<const T*>(problem.value) + item.batch * problem.value_stride[0] +
                          item.head * problem.value_stride[2];
-  const A largest = samples.reference ? largest_logit<A, Lanes>(samples, count, lane) : A(0);
+  const A largest = samples.reference ? largest_logit<Lanes>(samples, count, lane) : A(0);
   const int64_t row = (item.batch * problem.queries + item.query) * problem.heads + item.head;
   const int64_t channels = Whole ? Vec * Lanes : problem.channels;
 
@@ -307,7 +304,7 @@ __global__ void __launch_bounds__(threads_per_block)
     A own_weights = 0;
     for (int first = 0; first < count; first += Lanes) {
       Sample<A> own = {};
-      if (first + lane < count) own = sample_at<A>(problem, samples, first + lane, largest);
+      if (first + lane < count) own = sample_at(problem, samples, first + lane, largest);
       own_weights += own.weight;
       const int here = count - first < Lanes ? count - first : Lanes;
 #pragma unroll 4
@@ -385,7 +382,7 @@ __device__ __forceinline__ void add_fixed(const Gradients& gradients, int64_t ce
   }
 }
 
-template <typename T, typename S, int Vec, int Lanes, bool Whole>
+template <typename T, int Vec, int Lanes, bool Whole>
 __global__ void __launch_bounds__(threads_per_block)
     backward_kernel(const Problem problem, const int64_t first_block, const int64_t positions,
                     const Gradients gradients) {
@@ -393,23 +390,22 @@ __global__ void __launch_bounds__(threads_per_block)
   const Item item = item_of_thread<Lanes>(problem, first_block + blockIdx.x);
   const int lane = threadIdx.x % Lanes;
   const int count = problem.levels * problem.points;
-  const Samples<S> samples = samples_of<S>(problem, item);
+  const Samples<A> samples = samples_of<A>(problem, item);
   const T* const value = static_cast<const T*>(problem.value) + item.batch * problem.value_stride[0] +
                          item.head * problem.value_stride[2];
   const int64_t row = (item.batch * problem.queries + item.query) * problem.heads + item.head;
   const int64_t channels = Whole ? Vec * Lanes : problem.channels;
   const T* const grad_output = static_cast<const T*>(gradients.output) + row * channels;
-  S* const grad_sampling = static_cast<S*>(gradients.sampling) + row * count * 2;
-  S* const grad_attention = static_cast<S*>(gradients.attention) + row * count;
-  A* const scratch = static_cast<A*>(gradients.scratch) + row * count;
+  A* const grad_sampling = static_cast<A*>(gradients.sampling) + row * count * 2;
+  A* const grad_attention = static_cast<A*>(gradients.attention) + row * count;
   const double scale = gradients.fixed ? ldexp(1.0, fixed_point_digits(*gradients.bound)) : 0.0;
 
   A largest = 0, factor = 1;  // factor: 1 / sum of the softmax
   if (samples.reference) {
-    largest = largest_logit<A, Lanes>(samples, count, lane);
+    largest = largest_logit<Lanes>(samples, count, lane);
     A total = 0;
     for (int index = lane; index < count; index += Lanes)
-      total += exponential(A(widen(samples.attention[index])) - largest);
+      total += exponential(samples.attention[index] - largest);
     factor = A(1) / sum_of_group<Lanes>(total);
   }
   A whole_grad[Vec];  // of all the thread's channels where they are so few
@@ -420,7 +416,7 @@ __global__ void __launch_bounds__(threads_per_block)
     Sample<A> own = {};
     const bool present = first + lane < count;
     if (present) {
-      own = sample_at<A>(problem, samples, first + lane, largest);
+      own = sample_at(problem, samples, first + lane, largest);
       own.weight *= factor;
     }
     A own_grad_x = 0, own_grad_y = 0, own_grad_weight = 0;
@@ -481,20 +477,18 @@ __global__ void __launch_bounds__(threads_per_block)
         const Level level = level_of(problem, index / problem.points);
         own_grad_x *= A(level.width);
         own_grad_y *= A(level.height);
-        narrow(own_grad_weight, grad_attention[index]);
-      } else {
-        own_weighted += own.weight * own_grad_weight;
-        scratch[index] = own_grad_weight;
       }
-      narrow(own_grad_x, grad_sampling[2 * index]);
-      narrow(own_grad_y, grad_sampling[2 * index + 1]);
+      own_weighted += own.weight * own_grad_weight;
+      grad_attention[index] = own_grad_weight;  // before softmax's part
+      grad_sampling[2 * index] = own_grad_x;
+      grad_sampling[2 * index + 1] = own_grad_y;
     }
   }
   if (samples.reference) {
     const A weighted = sum_of_group<Lanes>(own_weighted);
     for (int index = lane; item.active && index < count; index += Lanes) {
-      const A weight = exponential(A(widen(samples.attention[index])) - largest) * factor;
-      narrow(weight * (scratch[index] - weighted), grad_attention[index]);
+      const A weight = exponential(samples.attention[index] - largest) * factor;
+      grad_attention[index] = weight * (grad_attention[index] - weighted);
     }
   }
 }
@@ -529,7 +523,7 @@ void for_each_grid(const Problem& problem, const Body& body) {
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename T, typename S>
+template <typename T>
 struct Kernels {
   static constexpr int vec = 16 / sizeof(T);
   static constexpr int general_lanes = 16;
@@ -543,7 +537,7 @@ struct Kernels {
   template <int Vec, int Lanes, bool Whole, typename Launch>
   static void forward_with(const Launch& launch, const Problem& problem, void* output) {
     for_each_grid<Lanes>(problem, [&](int64_t first, int64_t blocks) {
-      launch(forward_kernel<T, S, Vec, Lanes, Whole>, blocks, problem, first, static_cast<T*>(output));
+      launch(forward_kernel<T, Vec, Lanes, Whole>, blocks, problem, first, static_cast<T*>(output));
     });
   }
 
@@ -560,7 +554,7 @@ struct Kernels {
   static void backward_with(const Launch& launch, const Problem& problem, int64_t positions,
                             const Gradients& gradients) {
     for_each_grid<Lanes>(problem, [&](int64_t first, int64_t blocks) {
-      launch(backward_kernel<T, S, Vec, Lanes, Whole>, blocks, problem, first, positions, gradients);
+      launch(backward_kernel<T, Vec, Lanes, Whole>, blocks, problem, first, positions, gradients);
     });
   }
 
@@ -587,19 +581,18 @@ struct Kernels {
   }
 };
 
-// Calls body(Kernels<T, S>()) for the types, of which `sampling` is `value` or float32.
+// Calls body(Kernels<T>()) for the type.
 template <typename Body>
-void with_types(Type value, Type sampling, const Body& body) {
-  const bool same = value == sampling;
+void with_type(Type value, const Body& body) {
   switch (value) {
     case Type::float64:
-      return same ? body(Kernels<double, double>()) : body(Kernels<double, float>());
+      return body(Kernels<double>());
     case Type::float32:
-      return body(Kernels<float, float>());
+      return body(Kernels<float>());
     case Type::bfloat16:
-      return same ? body(Kernels<BFloat16, BFloat16>()) : body(Kernels<BFloat16, float>());
+      return body(Kernels<BFloat16>());
     case Type::float16:
-      return same ? body(Kernels<Float16, Float16>()) : body(Kernels<Float16, float>());
+      return body(Kernels<Float16>());
   }
 }
 
