@@ -44,7 +44,7 @@ HEADERS = {"cpu": ("*.h", "cpu/*.h"), "cuda": ("*.h", "cuda/*.cuh", "cuda/*.h")}
 # The C++ standard is left to torch. at::parallel_for is an OpenMP loop in torch's headers; its run-time library is not
 # linked, because torch brings its own, and a second one would start threads of its own.
 CXX_FLAGS = ("-O3", "-g0", "-Wall", "-Wextra", *(("-fopenmp",) if sys.platform == "linux" else ()))
-NVCC_FLAGS = ("-O3", "-Xcompiler=-Wall,-Wextra")
+NVCC_FLAGS = ("-O3", "--threads=4", "-Xcompiler=-Wall,-Wextra")
 
 LINES_KEPT = 12  # of a failed build
 
@@ -174,8 +174,9 @@ def compile_library(device: str, folder: Path, workplace: Path) -> None:
         kind = cpp_extension.CppExtension
         compile_args = {"cxx": [*CXX_FLAGS, *torch_headers]}
     library = kind(f"_{device}", sources, extra_compile_args=compile_args)
-    # Nothing of Python or its bindings is used.
-    library.libraries = [name for name in library.libraries if name != "torch_python"]
+    # Nothing of Python or its bindings is used. torch brings CUDA's run-time library, and the toolkit's is not always
+    # where it is looked for: beside an nvcc that is a script, for one.
+    library.libraries = [name for name in library.libraries if name not in ("torch_python", "cudart")]
     command = cpp_extension.BuildExtension.with_options(
         no_python_abi_suffix=True, use_ninja=cpp_extension.is_ninja_available()
     )
@@ -280,7 +281,7 @@ def build(
         if library is None:
             record["reason"] = f"the build failed:\n{words}"
         else:
-            record["warnings"] = [line for line in words.splitlines() if "csrc" in line and " warning:" in line]
+            record["warnings"] = [line for line in words.splitlines() if re.search(r"csrc.*: warning\b", line)]
         put_in_place(device, target, record, library)
     return read_record(device, target)
 
