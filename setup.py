@@ -58,12 +58,22 @@ EXTRAS = {
 }
 
 
+def announce_line(line: str) -> None:
+    """Show a line of progress, which pip shows with --verbose."""
+    print(f"mask2former: {line}", flush=True)
+
+
 class BuildWithRecipes(build_py):
     """The package with a copy of ``configs/`` for its model zoo, which in editable mode reads the repository's."""
 
     def run(self) -> None:
         """Build."""
         super().run()
+        if not self.distribution.has_ext_modules():
+            announce_line(
+                f"no compiled kernels, because {kernels.obstacle('cpu', OPS)}; once torch is installed, "
+                "`python -m mask2former.ops --build` builds them"
+            )
         if not self.editable_mode:
             copy = Path(self.build_lib) / "mask2former" / "model_zoo" / "configs"
             shutil.rmtree(copy, ignore_errors=True)
@@ -84,11 +94,7 @@ class BuildKernels(build_ext):
         """Build."""
         in_place = self.inplace or getattr(self, "editable_mode", False)
         target = OPS if in_place else Path(self.build_lib).resolve() / "mask2former" / "ops"
-        kernels.build_what_is_missing(self.announce_line, target)
-
-    def announce_line(self, line: str) -> None:
-        """Show a line of progress, which pip shows with --verbose."""
-        print(f"mask2former: {line}", flush=True)
+        kernels.build_what_is_missing(announce_line, target)
 
     def get_outputs(self) -> list[str]:
         """Libraries and records, for the list of installed files."""

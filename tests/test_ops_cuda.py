@@ -105,8 +105,7 @@ def close(actual: Tensor, expected: Tensor, value_type: torch.dtype) -> None:
 
 class GradientsArguments(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("output", "value", "fixed", "poison", "bound", "sampling", "attention")
+        (name, ctypes.c_void_p) for name in ("output", "value", "fixed", "poison", "bound", "sampling", "attention")
     ]
 
 

@@ -1,11 +1,16 @@
 """The compiled kernels' build, their record, and what happens without them."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,7 +159,11 @@ def test_a_build_that_is_switched_off_is_recorded(built, monkeypatch):
 
 def test_what_fits_is_kept_where_it_cannot_be_built_now(built, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent")
-    assert build.build("cpu", built, built)["library"] == "_cpu-0.so"
+    lines = []
+    assert build.build("cpu", built, built, lines.append)["library"] == "_cpu-0.so"
+    assert lines == ["CPU kernels: not built again, because there is no C++ compiler: /nonexistent was not found"]
+    assert build.build("cpu", built, built, lines.append, again=False)["library"] == "_cpu-0.so"
+    assert len(lines) == 1
 
 
 def test_a_failed_build_keeps_the_compilers_words(built):
@@ -176,3 +185,76 @@ def test_a_build_replaces_what_was_there_and_can_be_loaded(built):
     assert record["warnings"] == []
     assert [path.name for path in Path(built).glob("*.so")] == [record["library"]]
     assert extension.load("cpu", built) == ""
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(built, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(built / "a temporary file"))
+
+    monkeypatch.setattr(build.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match=f"^{re.escape(str(built))} can't be written to \\(Permission denied\\)$"):
+        build.build("cpu", built, built)
+
+
+# build.py by its path, without the package, which takes long to import; pytest may have been told to ignore Ctrl-C.
+BUILD_PROGRAM = """
+import importlib.util, pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+specification = importlib.util.spec_from_file_location("build", sys.argv[1])
+build = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(build)
+folder = pathlib.Path(sys.argv[2])
+build.build("cpu", folder, folder)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_interrupted_build_ends_the_compiler_and_leaves_what_was_there(built, tmp_path):
+    alive = tmp_path / "alive"  # held open by the compiler and what it starts
+    os.mkfifo(alive)
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+
+    def read_until(wanted):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                if os.read(reader, 1) == wanted:
+                    return True
+            time.sleep(0.05)
+        return False
+
+    compiler = tmp_path / "slow-compiler"  # but quick to answer questions about its version
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *csrc*) exec 9>{alive}; printf x >&9; sleep 600; esac\n')
+    compiler.chmod(0o755)
+    (tmp_path / "temporary").mkdir()
+    before = {path.name: path.read_bytes() for path in built.iterdir() if path.is_file()}
+    environment = {**os.environ, "CXX": str(compiler), "TMPDIR": str(tmp_path / "temporary"), "MAX_JOBS": "1"}
+    command = [sys.executable, "-c", BUILD_PROGRAM, build.__file__, str(built)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert read_until(b"x")
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+    assert words.strip().endswith("KeyboardInterrupt")
+    assert read_until(b"")
+    assert {path.name: path.read_bytes() for path in built.iterdir() if path.is_file()} == before
+    assert not list((tmp_path / "temporary").glob("mask2former-build-*"))
+
+
+@pytest.mark.parametrize("hidden", ["torch", "MASK2FORMER_NO_EXTENSION"])
+def test_the_package_is_built_without_kernels_and_says_why(tmp_path, hidden):
+    """setup.py as pip runs it: with build isolation there is no torch."""
+    program = f"""
+import importlib.util, sys
+find = importlib.util.find_spec
+if {hidden == "torch"}:
+    sys.modules["torch"] = None
+    importlib.util.find_spec = lambda name, *package: None if name == "torch" else find(name, *package)
+sys.argv = ["setup.py", "-q", "build", "--build-base={tmp_path / "base"}"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {{"__file__": "setup.py", "__name__": "__main__"}})
+"""
+    outcome = run("-W", "ignore", "-c", program, **({} if hidden == "torch" else {hidden: "1"}))
+    assert outcome.returncode == 0, outcome.stderr
+    lines = [line for line in outcome.stdout.splitlines() if line.startswith("mask2former: no compiled kernels")]
+    assert len(lines) == 1 and hidden in lines[0] and extension.BUILD_COMMAND in lines[0]
+    package = tmp_path / "base" / "lib" / "mask2former" / "ops"
+    assert (package / "csrc").is_dir() and not list(package.glob("_*.so")) and not list(package.glob("_*.json"))

@@ -34,7 +34,7 @@ def build_all() -> int:
                 print(line)
             failed |= not record.get("library") and (device == "cpu" or "failed" in record.get("reason", ""))
     except OSError as error:
-        print(f"error: {build.FOLDER} can't be written to ({error.strerror})", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: what was there before is there still", file=sys.stderr)

@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -194,6 +195,19 @@ def compile_library(device: str, folder: Path, workplace: Path) -> None:
     )
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process that leads a session, with all that it started."""
+    if os.name != "posix":
+        process.kill()
+        return
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        # ninja passes this on to its compilers, each of which has a group of its own, and then closes the pipe.
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_compiler(device: str, folder: Path, workplace: Path) -> tuple[Path | None, str]:
     """-> the compiled library, or None and the compiler's last words."""
     environment = {**os.environ}
@@ -201,7 +215,8 @@ def run_compiler(device: str, folder: Path, workplace: Path) -> tuple[Path | Non
         environment["TORCH_CUDA_ARCH_LIST"] = arch_list()
         if not environment["TORCH_CUDA_ARCH_LIST"]:
             del environment["TORCH_CUDA_ARCH_LIST"]
-    outcome = subprocess.run(
+    # In a session of its own, so that it can be ended with the compilers that it starts.
+    with subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), device, str(folder), str(workplace)],
         cwd=workplace,
         env=environment,
@@ -210,27 +225,39 @@ def run_compiler(device: str, folder: Path, workplace: Path) -> tuple[Path | Non
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        check=False,
-    )
+        start_new_session=True,
+    ) as process:
+        try:
+            words, _ = process.communicate()
+        except BaseException:  # KeyboardInterrupt, for one
+            end(process)
+            raise
     found = list((workplace / "library").glob(f"_{device}*"))
-    if outcome.returncode == 0 and len(found) == 1:
-        return found[0], outcome.stdout
-    lines = outcome.stdout.splitlines()
+    if process.returncode == 0 and len(found) == 1:
+        return found[0], words
+    lines = words.splitlines()
     errors = [line for line in lines if "error" in line.lower()][:LINES_KEPT]
     return None, "\n".join(errors or lines[-LINES_KEPT:])
+
+
+def write_whole(path: Path, contents: bytes) -> None:
+    """Write a file that nobody sees before it is whole."""
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        unfinished.write_bytes(contents)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def put_in_place(device: str, target: Path, record: dict[str, Any], library: Path | None) -> None:
     """Write library and record so that an interruption leaves the old pair whole."""
     if library is not None:
-        digest = hashlib.sha256(library.read_bytes()).hexdigest()
+        contents = library.read_bytes()
+        digest = hashlib.sha256(contents).hexdigest()
         record = {**record, "library": f"_{device}-{digest[:12]}.so", "sha256": digest}
-        unfinished = target / f"_{device}.part"
-        shutil.copy(library, unfinished)
-        unfinished.replace(target / record["library"])
-    unfinished = target / f"_{device}.json.part"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    unfinished.replace(record_path(device, target))
+        write_whole(target / record["library"], contents)
+    write_whole(record_path(device, target), f"{json.dumps(record, indent=2)}\n".encode())
     for old in target.glob(f"_{device}-*.so"):
         if old.name != record.get("library"):
             with contextlib.suppress(OSError):
@@ -253,7 +280,7 @@ def build(
         The record: "library" where there is one, otherwise "reason".
 
     Raises:
-        OSError: where ``target`` can't be written to.
+        OSError: where ``target`` or the folder for temporary files can't be written to.
     """
     old = read_record(device, target)
     why_not = obstacle(device, folder)
@@ -261,18 +288,22 @@ def build(
     fits = bool(old.get("library")) and old.get("conditions") == wanted and (target / str(old["library"])).is_file()
     if fits and not again:
         return old
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=target):  # so that a folder that can't be written to is found before the work
-        pass
+    try:  # now, not after the work
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise OSError(f"{target} can't be written to ({error.strerror})") from error
     record: dict[str, Any] = {"conditions": wanted}
     if why_not:
-        # A library that is there and fits is worth more than the news that it can't be built now.
-        if fits:
+        if fits:  # worth more than the news that it can't be built now
+            if say is not None:
+                say(f"{device.upper()} kernels: not built again, because {why_not}")
             return old
         record["reason"] = why_not
         put_in_place(device, target, record, None)
         return record
-    with tempfile.TemporaryDirectory(prefix="mask2former-build-") as workplace:
+    with tempfile.TemporaryDirectory(prefix="mask2former-build-", ignore_cleanup_errors=True) as workplace:
         if say is not None:
             say(f"building the {device.upper()} kernels for torch {wanted['torch']} (a minute or more)")
         library, words = run_compiler(device, folder, Path(workplace))
