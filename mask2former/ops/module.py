@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import ms_deform_attn
+from .functional import ms_deform_attn_fused
 
 __all__ = ["MSDeformAttn"]
 
@@ -80,8 +80,6 @@ class MSDeformAttn(nn.Module):
         projected = projected.unflatten(-1, (self.n_heads, -1))  # (B, S, M, D)
         shape = (batch, queries, self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(*shape, 2)
-        weights = self.attention_weights(query).view(shape).flatten(3).softmax(-1).view(shape)
-        sizes = reference_points.new_tensor([(width, height) for height, width in spatial_shapes])
-        sampling_locations = reference_points[:, :, None, :, None] + offsets / sizes[:, None]  # (B, Q, M, L, P, 2)
-        output = ms_deform_attn(projected, spatial_shapes, sampling_locations, weights)
+        logits = self.attention_weights(query).view(shape)
+        output = ms_deform_attn_fused(projected, spatial_shapes, reference_points, offsets, logits)
         return self.output_proj(output)

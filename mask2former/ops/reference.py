@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ms_deform_attn_reference"]
+__all__ = ["ms_deform_attn_fused_reference", "ms_deform_attn_reference"]
 
 
 def ms_deform_attn_reference(
@@ -39,3 +39,23 @@ def ms_deform_attn_reference(
     weights = attention_weights.to(value.dtype).transpose(1, 2).reshape(batch * heads, 1, queries, points)
     output = (features * weights).sum(-1)  # (B*M, D, Q)
     return output.view(batch, heads * channels, queries).transpose(1, 2).to(output_dtype).contiguous()
+
+
+def ms_deform_attn_fused_reference(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """:func:`ms_deform_attn_reference` on locations made of reference points and offsets, and weights of logits.
+
+    Arguments and result are those of :func:`mask2former.ops.ms_deform_attn_fused`, which checks them.
+    """
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32  # half types are too coarse for locations
+    sizes = reference_points.new_tensor([(width, height) for height, width in spatial_shapes], dtype=dtype)
+    offsets = sampling_offsets.to(dtype) / sizes[:, None]
+    sampling_locations = reference_points.to(dtype)[:, :, None, :, None] + offsets  # (B, Q, M, L, P, 2)
+    shape = attention_logits.shape
+    attention_weights = attention_logits.to(dtype).flatten(3).softmax(-1).view(shape)
+    return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)

@@ -1,0 +1,149 @@
+"""What torch needs to know of the compiled operators besides their kernels: results' shapes, gradients, batching.
+
+Their schemas are in ``csrc/ms_deform_attn.cpp``. To be imported only where their library is loaded.
+
+``inputs`` stands for what an operator takes after ``spatial_shapes``: locations and weights or, fused, reference
+points, offsets and logits.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
+
+__all__ = ["MSDeformAttnFunction"]
+
+
+def _operator(inputs: Sequence[Tensor]) -> Any:
+    return torch.ops.mask2former.ms_deform_attn_fused if len(inputs) == 3 else torch.ops.mask2former.ms_deform_attn
+
+
+def _backward_operator(inputs: Sequence[Tensor]) -> Any:
+    operators = torch.ops.mask2former
+    return operators.ms_deform_attn_fused_backward if len(inputs) == 3 else operators.ms_deform_attn_backward
+
+
+# ------------------------------------------------------------------------------------------- shapes of results
+
+
+def _fake(value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor) -> Tensor:
+    batch, _, heads, channels = value.shape
+    return value.new_empty(batch, inputs[-1].shape[1], heads * channels)
+
+
+def _fake_backward(
+    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (value, *inputs[-2:]))
+
+
+# ------------------------------------------------------------------------------------------- gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    value, ctx.spatial_shapes, *rest = inputs
+    ctx.save_for_backward(value, *rest)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value, *inputs = ctx.saved_tensors
+    shapes = ctx.spatial_shapes
+    grad_value, grad_sampling, grad_attention = _BackwardFunction.apply(grad_output, value, shapes, *inputs)
+    if len(inputs) == 2:
+        return grad_value, None, grad_sampling, grad_attention
+    grad_points = _grad_of_reference_points(grad_sampling, shapes, inputs[0]) if ctx.needs_input_grad[2] else None
+    return grad_value, None, grad_points, grad_sampling, grad_attention
+
+
+def _grad_of_reference_points(grad_offsets: Tensor, spatial_shapes: Sequence[int], reference_points: Tensor) -> Tensor:
+    """A step of a reference point moves all samples of its level by the level's size in cells."""
+    sizes = grad_offsets.new_tensor(spatial_shapes, dtype=reference_points.dtype).view(-1, 2).flip(-1)
+    grad = grad_offsets.sum((2, 4), dtype=reference_points.dtype) * sizes  # (B, Q, L, 2)
+    return grad.sum_to_size(reference_points.shape)
+
+
+def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_output, value, ctx.spatial_shapes, *rest = inputs
+    ctx.save_for_backward(grad_output, value, *rest)
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative, which is rarely asked for, is that of the plain PyTorch form."""
+    reference = ms_deform_attn_fused_reference if len(ctx.saved_tensors) == 5 else ms_deform_attn_reference
+    with torch.enable_grad():
+        grad_output, value, *inputs = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        output = reference(value, _pairs(ctx.spatial_shapes), *inputs)
+        first = torch.autograd.grad(output, (value, *inputs[-2:]), grad_output, create_graph=True)
+        second = torch.autograd.grad(first, (grad_output, value, *inputs), grads)
+    return second[0], second[1], None, *second[2:]
+
+
+def _pairs(spatial_shapes: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
+
+
+# ------------------------------------------------------------------------------------------- torch.func
+
+
+def _merge(x: Tensor, dim: int | None, count: int, batch: int) -> Tensor:
+    """The ``count`` inputs that vmap goes over, ``batch`` pictures each (or one for all), as one larger batch."""
+    x = x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.expand(count, batch, *x.shape[2:]).flatten(0, 1)
+
+
+def _batch_size(value: Tensor, dim: int | None) -> int:
+    """Pictures in each of the inputs that vmap goes over."""
+    return value.shape[1 if dim == 0 else 0]
+
+
+class MSDeformAttnFunction(torch.autograd.Function):
+    """The operators where torch.func's transforms may be at work, which autograd of an operator doesn't know."""
+
+    @staticmethod
+    def forward(value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor) -> Any:
+        """Operator on ``value`` and ``inputs``."""
+        return _operator(inputs)(value, spatial_shapes, *inputs)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor) -> tuple[Tensor, int]:
+        """All inputs in one call."""
+        count, batch = info.batch_size, _batch_size(value, dims[0])
+        merged = [_merge(x, dim, count, batch) for x, dim in zip(inputs, dims[2:], strict=True)]
+        output = MSDeformAttnFunction.apply(_merge(value, dims[0], count, batch), spatial_shapes, *merged)
+        return output.unflatten(0, (count, batch)), 0
+
+
+class _BackwardFunction(torch.autograd.Function):
+    """The backward operators, likewise."""
+
+    @staticmethod
+    def forward(grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor) -> Any:
+        """Backward operator on ``grad_output``, ``value`` and ``inputs``."""
+        return _backward_operator(inputs)(grad_output, value, spatial_shapes, *inputs)
+
+    setup_context = staticmethod(_setup_second_context)
+    backward = staticmethod(_second_backward)
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: Any, grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """All inputs in one call."""
+        count, batch = info.batch_size, _batch_size(value, dims[1])
+        tensors = zip((grad_output, value, *inputs), (*dims[:2], *dims[3:]), strict=True)
+        grad_output, value, *inputs_of_all = (_merge(x, dim, count, batch) for x, dim in tensors)
+        grads = _BackwardFunction.apply(grad_output, value, spatial_shapes, *inputs_of_all)
+        return tuple(grad.unflatten(0, (count, batch)) for grad in grads), (0, 0, 0)
+
+
+for _name in ("mask2former::ms_deform_attn", "mask2former::ms_deform_attn_fused"):
+    torch.library.register_fake(_name, _fake)
+    torch.library.register_autograd(_name, _backward, setup_context=_setup_context)
+    torch.library.register_fake(f"{_name}_backward", _fake_backward)
+    torch.library.register_autograd(f"{_name}_backward", _second_backward, setup_context=_setup_second_context)
