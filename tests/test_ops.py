@@ -6,12 +6,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from deformable_inputs import CELLS, SHAPES, random_fused_inputs, random_inputs
 from torch import Tensor, nn
 
-from mask2former.ops import MSDeformAttn, ms_deform_attn
-
-SHAPES = [(3, 5), (2, 2), (1, 4)]
-CELLS = sum(height * width for height, width in SHAPES)
+from mask2former.ops import MSDeformAttn, extension, functional, ms_deform_attn, ms_deform_attn_fused
 
 
 def sample(level: Tensor, x: float, y: float) -> Tensor:
@@ -40,39 +38,50 @@ def slow_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tens
     return output.flatten(2)
 
 
-def random_input(batch=2, queries=4, heads=2, channels=3, points=2, dtype=torch.float32, seed=0):
-    """Value, locations of which some lie outside, and weights."""
-    generator = torch.Generator().manual_seed(seed)
-    value = torch.randn(batch, CELLS, heads, channels, dtype=dtype, generator=generator)
-    samples = (batch, queries, heads, len(SHAPES), points)
-    locations = torch.rand(*samples, 2, dtype=dtype, generator=generator) * 1.6 - 0.3
-    weights = torch.rand(samples, dtype=dtype, generator=generator).flatten(3).softmax(-1).view(samples)
-    return value, locations, weights
+@pytest.fixture(params=["kernels", "plain PyTorch"], autouse=True)
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs with both."""
+    if request.param == "plain PyTorch":
+        monkeypatch.setattr(functional, "_has_kernel", lambda device_type: False)
+    elif "cpu" not in extension.KERNELS:
+        pytest.skip(f"no CPU kernels: {extension.reason('cpu')}")
+    return request.param
 
 
 def test_equals_a_loop() -> None:
-    value, locations, weights = random_input(dtype=torch.float64)
+    value, locations, weights = random_inputs(dtype=torch.float64)
     output = ms_deform_attn(value, SHAPES, locations, weights)
     torch.testing.assert_close(output, slow_attention(value, SHAPES, locations, weights), atol=1e-12, rtol=0)
 
 
 def test_equals_hugging_face(hugging_face: ModuleType) -> None:
-    value, locations, weights = random_input(queries=50, heads=8, channels=16, points=4)
+    value, locations, weights = random_inputs(queries=50, heads=8, channels=16, points=4)
     theirs = hugging_face.multi_scale_deformable_attention(value, SHAPES, locations, weights)
     torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), theirs, atol=1e-5, rtol=0)
 
 
+def test_fused_makes_locations_and_weights() -> None:
+    value, references, offsets, logits = random_fused_inputs(queries=9, dtype=torch.float64)
+    sizes = torch.tensor([(width, height) for height, width in SHAPES], dtype=torch.float64)
+    locations = references[:, :, None, :, None] + offsets / sizes[:, None]
+    weights = logits.exp() / logits.exp().sum((3, 4), keepdim=True)
+    output = ms_deform_attn_fused(value, SHAPES, references, offsets, logits)
+    torch.testing.assert_close(output, slow_attention(value, SHAPES, locations, weights), atol=1e-12, rtol=0)
+    each = references.repeat(2, 1, 1, 1)  # a picture's own reference points
+    assert torch.equal(ms_deform_attn_fused(value, SHAPES, each, offsets, logits), output)
+
+
 def test_gradients() -> None:
-    value, locations, weights = (x.requires_grad_() for x in random_input(queries=2, dtype=torch.float64))
-    assert torch.autograd.gradcheck(
-        lambda *args: ms_deform_attn(args[0], SHAPES, *args[1:]), (value, locations, weights)
-    )
+    inputs = [x.requires_grad_() for x in random_inputs(queries=2, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *x: ms_deform_attn(x[0], SHAPES, *x[1:]), inputs)
+    inputs = [x.requires_grad_() for x in random_fused_inputs(queries=2, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *x: ms_deform_attn_fused(x[0], SHAPES, *x[1:]), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weights_dtype", ["of value", torch.float32])
 def test_half_precision(dtype: torch.dtype, weights_dtype: torch.dtype | str) -> None:
-    value, locations, weights = random_input(queries=30, channels=8)
+    value, locations, weights = random_inputs(queries=30, channels=8)
     expected = ms_deform_attn(value, SHAPES, locations, weights)
     weights = weights.to(dtype if weights_dtype == "of value" else weights_dtype)
     output = ms_deform_attn(value.to(dtype), SHAPES, locations, weights)
@@ -93,7 +102,7 @@ def test_locations_are_exact_where_values_are_half() -> None:
 
 @pytest.mark.parametrize("place", [-0.5, 1.5, -1e6, 1e6])
 def test_locations_outside_read_zeros(place: float) -> None:
-    value, locations, weights = random_input()
+    value, locations, weights = random_inputs()
     for axis in range(2):
         outside = locations.clone()
         outside[..., axis] = place
@@ -105,7 +114,7 @@ def test_locations_outside_read_zeros(place: float) -> None:
 
 @pytest.mark.parametrize(("batch", "queries"), [(0, 4), (2, 0)])
 def test_empty_input(batch: int, queries: int) -> None:
-    value, locations, weights = (x.requires_grad_() for x in random_input(batch=batch, queries=queries))
+    value, locations, weights = (x.requires_grad_() for x in random_inputs(batch=batch, queries=queries))
     output = ms_deform_attn(value, SHAPES, locations, weights)
     assert output.shape == (batch, queries, 6)
     output.sum().backward()
@@ -113,7 +122,7 @@ def test_empty_input(batch: int, queries: int) -> None:
 
 
 def test_memory_layout_does_not_matter() -> None:
-    value, locations, weights = random_input()
+    value, locations, weights = random_inputs()
     expected = ms_deform_attn(value, SHAPES, locations, weights)
     strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (value, locations, weights)]
     assert not strided[0].is_contiguous()
@@ -134,7 +143,31 @@ def test_memory_layout_does_not_matter() -> None:
 )
 def test_shape_errors_say_what_came(change, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ms_deform_attn(*change(*random_input()))
+        ms_deform_attn(*change(*random_inputs()))
+
+
+def test_shape_errors_of_the_fused_form() -> None:
+    value, references, offsets, logits = random_fused_inputs()
+    with pytest.raises(ValueError, match=r"reference_points .* B, Q, L = 2, 4, 3, .*\(1, 4, 3, 1\)"):
+        ms_deform_attn_fused(value, SHAPES, references[..., :1], offsets, logits)
+    with pytest.raises(ValueError, match=r"sampling_offsets .*\(2, 4, 2, 2, 2, 2\)"):
+        ms_deform_attn_fused(value, SHAPES, references, offsets[:, :, :, 1:], logits)
+    with pytest.raises(ValueError, match=r"attention_logits .*\(2, 4, 2, 3, 1\)"):
+        ms_deform_attn_fused(value, SHAPES, references, offsets, logits[..., 1:])
+
+
+def test_says_once_why_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.undo()  # also of what computed_by replaced
+    monkeypatch.setattr(extension, "KERNELS", frozenset())
+    monkeypatch.setitem(extension._REASONS, "cpu", "no compiler")
+    functional._say_that_there_is_no_kernel.cache_clear()
+    value, *inputs = random_inputs()
+    for _ in range(2):
+        ms_deform_attn(value, SHAPES, *inputs)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Deformable attention runs in plain PyTorch on cpu, which is slower than compiled kernels: no compiler"
+    ]
+    functional._say_that_there_is_no_kernel.cache_clear()
 
 
 class TestModule:

@@ -12,7 +12,7 @@ from . import extension
 from .reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
 
 if extension.KERNELS:
-    from .registration import MSDeformAttnFunction
+    from . import registration
 
 __all__ = ["ms_deform_attn", "ms_deform_attn_fused"]
 
@@ -47,7 +47,7 @@ def ms_deform_attn(
     )
     if _has_kernel(value.device.type):
         sizes = list(itertools.chain.from_iterable(spatial_shapes))
-        return MSDeformAttnFunction.apply(value, sizes, sampling_locations, attention_weights)
+        return registration.apply(value, sizes, sampling_locations, attention_weights)
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -80,7 +80,7 @@ def ms_deform_attn_fused(
     _check_reference_points(reference_points, sampling_offsets)
     if _has_kernel(value.device.type):
         sizes = list(itertools.chain.from_iterable(spatial_shapes))
-        return MSDeformAttnFunction.apply(value, sizes, reference_points, sampling_offsets, attention_logits)
+        return registration.apply(value, sizes, reference_points, sampling_offsets, attention_logits)
     return ms_deform_attn_fused_reference(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
 
 

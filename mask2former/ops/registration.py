@@ -14,7 +14,19 @@ from torch import Tensor
 
 from .reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
 
-__all__ = ["MSDeformAttnFunction"]
+__all__ = ["apply"]
+
+
+def apply(value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor) -> Tensor:
+    """The operator on ``inputs``, with gradients, under torch.func's transforms too.
+
+    Args:
+        value: (B, S, M, D).
+        spatial_shapes: height and width of each level, one after another.
+        inputs: what the operator takes besides, which tells the two apart.
+    """
+    run = _Function.apply if torch._C._are_functorch_transforms_active() else _operator(inputs)
+    return run(value, spatial_shapes, *inputs)
 
 
 def _operator(inputs: Sequence[Tensor]) -> Any:
@@ -51,7 +63,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, *inputs = ctx.saved_tensors
     shapes = ctx.spatial_shapes
-    grad_value, grad_sampling, grad_attention = _BackwardFunction.apply(grad_output, value, shapes, *inputs)
+    run = _BackwardFunction.apply if torch._C._are_functorch_transforms_active() else _backward_operator(inputs)
+    grad_value, grad_sampling, grad_attention = run(grad_output, value, shapes, *inputs)
     if len(inputs) == 2:
         return grad_value, None, grad_sampling, grad_attention
     grad_points = _grad_of_reference_points(grad_sampling, shapes, inputs[0]) if ctx.needs_input_grad[2] else None
@@ -99,8 +112,8 @@ def _batch_size(value: Tensor, dim: int | None) -> int:
     return value.shape[1 if dim == 0 else 0]
 
 
-class MSDeformAttnFunction(torch.autograd.Function):
-    """The operators where torch.func's transforms may be at work, which autograd of an operator doesn't know."""
+class _Function(torch.autograd.Function):
+    """The operators where torch.func's transforms are at work, which an operator's own gradients don't go with."""
 
     @staticmethod
     def forward(value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor) -> Any:
@@ -115,7 +128,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         """All inputs in one call."""
         count, batch = info.batch_size, _batch_size(value, dims[0])
         merged = [_merge(x, dim, count, batch) for x, dim in zip(inputs, dims[2:], strict=True)]
-        output = MSDeformAttnFunction.apply(_merge(value, dims[0], count, batch), spatial_shapes, *merged)
+        output = _Function.apply(_merge(value, dims[0], count, batch), spatial_shapes, *merged)
         return output.unflatten(0, (count, batch)), 0
 
 
