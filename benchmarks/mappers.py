@@ -13,7 +13,6 @@ examples (DETECTRON2_DATASETS names the folder with the data sets):
 import argparse
 import copy
 import json
-import platform
 import random
 import statistics
 import time
@@ -33,6 +32,7 @@ from detectron2.data import DatasetCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
 from detectron2.structures import BitMasks, Boxes, Instances
+from machine import describe
 from tabulate import tabulate
 from torch.nn import functional as F
 
@@ -51,8 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    machine = describe(
+        threads=[1],
+        numpy=np.__version__,
+        pillow=PIL.__version__,
+        opencv=cv2.__version__,
+        detectron2=detectron2.__version__,
+    )
     results = {name: _compare(name, args) for name in args.mappers}
-    machine = _machine()
     print(tabulate([_row(name, result) for name, result in results.items()], headers=HEADERS, floatfmt=".1f"))
     print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     if args.json:
@@ -160,21 +166,6 @@ def _classes_and_areas(sample: Sample) -> list[tuple[int, int]]:
     instances = sample["instances"]
     areas = instances.gt_masks.sum(dim=(1, 2)).tolist()
     return sorted(pair for pair in zip(instances.gt_classes.tolist(), areas, strict=True) if pair[1])
-
-
-def _machine() -> dict[str, Any]:
-    cpu = Path("/proc/cpuinfo")
-    models = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
-    return {
-        "processor": models[0].partition(": ")[2] if models else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "opencv": cv2.__version__,
-        "torch": torch.__version__,
-        "detectron2": detectron2.__version__,
-    }
 
 
 # ----------------------------------------------------------------------------------- the published way
