@@ -49,6 +49,7 @@ Attention = Callable[[Tensor, Shapes, Tensor, Tensor, Tensor], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCATIONS = ("grid", "random")
 PASSES = ("forward", "forward + backward")
+PROBLEM = ("device", "batch", "heads", "channels", "levels", "points")
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--peers", nargs="+", choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)}; default: those that run")
+    add("--peers", nargs="+", choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)}; default: those that can run")
     add("--sizes", nargs="+", type=int, metavar="N", help="sides of the pictures; default: 256 512 1024")
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
     add("--threads", nargs="+", type=int, metavar="N", help="default: 1 and the number of processors")
@@ -101,9 +102,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.sizes = args.sizes or ([64, 128] if args.quick else [256, 512, 1024])
     args.rounds = (2 if args.quick else 5) if args.rounds is None else args.rounds
     args.threads = args.threads or ([1, processors()] if args.device == "cpu" else [1])
-    for option in ("sizes", "threads", "dtypes"):
-        setattr(args, option, list(dict.fromkeys(getattr(args, option))))
-    for option in ("sizes", "threads", "rounds", "batch", "heads", "channels", "levels", "points"):
+    args.sizes, args.threads = sorted(set(args.sizes)), sorted(set(args.threads))
+    args.dtypes = list(dict.fromkeys(args.dtypes))
+    for option in ("sizes", "threads", "rounds", *PROBLEM[1:]):
         given = getattr(args, option)
         lowest = min(given) if isinstance(given, list) else given
         if lowest < 1:
@@ -111,6 +112,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for path in filter(None, (args.json, args.plot)):
         if not path.absolute().parent.is_dir():
             raise UserError(f"'{path}' can't be written: there is no folder '{path.parent}'")
+        if path.is_dir():
+            raise UserError(f"'{path}' is a folder, expected the name of a file to write")
     if args.plot and args.plot.suffix not in PLOT_FORMATS:
         raise UserError(f"--plot is '{args.plot}', expected a name that ends in {', '.join(PLOT_FORMATS)}")
     return args
@@ -331,7 +334,7 @@ def _measure(side: int, locations: str, runs: Sequence[Run], args: argparse.Name
         _check(run, _forward_and_backward(run.attention, inputs[run.dtype]), expected)
     del expected
 
-    time_of = _time_on_gpu if args.device == "cuda" else functools.partial(_time_on_cpu, 0.01 if args.quick else 0.1)
+    time_of = _time_on_gpu if args.device == "cuda" else functools.partial(_time_on_cpu, 0.01 if args.quick else 0.05)
     for threads in args.threads:
         torch.set_num_threads(threads)
         for passes, compute in zip(PASSES, (_forward, _forward_and_backward), strict=True):
@@ -407,7 +410,7 @@ def _memory_in_other_processes(runs: Sequence[Run], args: argparse.Namespace) ->
     if args.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
         print("memory is not measured: the system doesn't tell a process's peak", file=sys.stderr)
         return
-    options = {name: getattr(args, name) for name in ("device", "batch", "heads", "channels", "levels", "points")}
+    options = {name: getattr(args, name) for name in PROBLEM}
     options |= {"sizes": max(args.sizes)} | ({"threads": max(args.threads)} if args.device == "cpu" else {})
     words = [word for name, option in options.items() for word in (f"--{name}", str(option))]
     # So that glibc gives back whatever is freed, and peaks are those of tensors.
@@ -474,7 +477,7 @@ def _report(
     for peer, why in missing.items():
         print(f"not compared with {peer}: {why}")
     if args.json:
-        problem = {name: getattr(args, name) for name in ("device", "batch", "heads", "channels", "levels", "points")}
+        problem = {name: getattr(args, name) for name in PROBLEM}
         content = {
             "machine": machine,
             "problem": problem,
@@ -510,7 +513,8 @@ def _limit_rows(case: Case) -> Iterator[list[Any]]:
 def _plot(cases: Sequence[Case]) -> Figure:
     """Time against size on logarithmic axes: a panel for each number of threads and kind of pass."""
     threads = list(dict.fromkeys(case.threads for case in cases))
-    figure = Figure(figsize=(10, 1 + 4 * len(threads)), dpi=120, layout="constrained")
+    height = 1 + 4 * len(threads)
+    figure = Figure(figsize=(11, height), dpi=120)
     panels = figure.subplots(len(threads), len(PASSES), sharex=True, sharey=True, squeeze=False)
     queries = {case.queries: case.side for case in cases}
     for (row, count), (column, passes) in ((r, c) for r in enumerate(threads) for c in enumerate(PASSES)):
@@ -533,7 +537,8 @@ def _plot(cases: Sequence[Case]) -> Figure:
     for panel in panels[:, 0]:
         panel.set_ylabel("time, ms")
     lines, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4)
+    figure.legend(lines, labels, loc="lower center", ncol=4)
+    figure.tight_layout(rect=(0, 0.2 * math.ceil(len(labels) / 4) / height, 1, 1))
     return figure
 
 

@@ -111,6 +111,7 @@ def test_an_interrupted_run_keeps_what_it_measured(
         (["--rounds", "0"], "--rounds is 0, expected at least 1"),
         (["--sizes", "64", "-1"], "--sizes is -1, expected at least 1"),
         (["--json", "nowhere/times.json"], "no folder 'nowhere'"),
+        (["--json", "."], "'.' is a folder"),
         (["--plot", "times.txt"], "expected a name that ends in .png"),
     ],
 )
