@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""Run the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which end the program at the first mistake.
+
+Builds them with GCC's sanitizers in a temporary folder, about a minute; what is installed stays as it is. Then every
+capability of this CPU goes through the operators, forward and backward, plain and fused, in all four dtypes: usual and
+odd sizes, none at all, places far outside, NaN and infinity, parts of larger tensors, more threads than heads.
+
+Exits with 1 where something was found, and shows it.
+
+examples:
+  python tools/sanitize_ops.py
+  python tools/sanitize_ops.py --capabilities default avx2
+"""
+
+import argparse
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# By its path: the package imports other compiled libraries, and those are not what is to be looked at.
+specification = importlib.util.spec_from_file_location(
+    "mask2former_build", Path(__file__).resolve().parent.parent / "mask2former" / "ops" / "build.py"
+)
+build = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(build)
+
+CAPABILITIES = ("default", "avx2", "avx512")  # as in ATEN_CPU_CAPABILITY
+# Numbers that the integer they are cast to can't hold count as mistakes, too.
+SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
+COMPILER_FLAGS = f"{SANITIZERS} -fno-sanitize-recover=all -fno-omit-frame-pointer"
+REPORT_LINES = 60  # after the place in the kernels come hundreds of calls inside of Python
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+THREADS = (1, 3, 16)
+# What differs from two pictures, 19 queries, 3 heads, 8 channels, 3 levels and 2 points.
+SIZES: tuple[dict, ...] = (
+    *({"channels": channels} for channels in (1, 3, 8, 15, 16, 17, 31, 32, 33, 64, 100)),
+    {"batch": 1, "heads": 1, "queries": 1, "points": 1, "channels": 1, "shapes": ((1, 1),)},
+    {"batch": 1, "heads": 8, "queries": 100, "points": 4, "channels": 32, "shapes": ((8, 8), (4, 4), (2, 2))},
+    {"shapes": ((1, 2),) * 9, "points": 9},
+    {"shapes": ((0, 3), (2, 2), (4, 0))},
+    {"shapes": ((0, 0),)},
+    *({name: 0} for name in ("batch", "queries", "heads", "channels", "points")),
+    {"shapes": ()},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capabilities", nargs="+", choices=CAPABILITIES, default=CAPABILITIES, help="default: all")
+    parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)  # for the processes that the command starts
+    args = parser.parse_args(arguments)
+    if args.library:
+        passes = go_through_operators(args.library)
+        print(f"{passes} passes in the kernels for {torch.backends.cpu.get_cpu_capability()}", flush=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="mask2former-sanitize-") as folder:
+        library = build_sanitized(Path(folder))
+        for capability in args.capabilities:
+            print(f"{run_sanitized(library, capability)}: nothing found", flush=True)
+
+
+def build_sanitized(folder: Path) -> Path:
+    """Build the CPU kernels with sanitizers into a folder; -> the library."""
+    os.environ.update(CFLAGS=COMPILER_FLAGS, LDFLAGS=SANITIZERS)
+    record = build.build("cpu", folder, say=lambda line: print(line, flush=True))
+    if "library" not in record:
+        sys.exit(f"error: there is no library to run: {record['reason']}")
+    library = folder / record["library"]
+    contents = library.read_bytes()
+    if b"__asan_report" not in contents or b"__ubsan_handle" not in contents:
+        sys.exit("error: the compiler left the sanitizers out")
+    return library
+
+
+def run_sanitized(library: Path, capability: str) -> str:
+    """Go through the operators in a process that has the sanitizers from its start; -> what it says it did."""
+    compiler = os.environ.get("CXX", "c++").split()
+    runtime = subprocess.run([*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ATEN_CPU_CAPABILITY": capability,
+    }
+    outcome = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--library", str(library)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if outcome.returncode != 0:
+        report = "\n".join(f"{outcome.stdout}{outcome.stderr}".splitlines()[:REPORT_LINES])
+        sys.exit(f"error: {capability}: something was found\n{report}")
+    return outcome.stdout.strip()
+
+
+def go_through_operators(library: Path) -> int:
+    """Call the operators of a library with all that is meant to be tried; -> number of forward and backward passes."""
+    torch.ops.load_library(str(library))
+    passes = 0
+    for threads, sizes, dtype, parts in itertools.product(THREADS, SIZES, DTYPES, (False, True)):
+        torch.set_num_threads(threads)
+        value, spatial_shapes, references, sampling, attention = random_arguments(dtype, parts, **sizes)
+        for name, points in (("ms_deform_attn", ()), ("ms_deform_attn_fused", (references,))):
+            arguments = (value, spatial_shapes, *points, sampling, attention)
+            output = getattr(torch.ops.mask2former, name)(*arguments)
+            getattr(torch.ops.mask2former, f"{name}_backward")(torch.ones_like(output), *arguments)
+            passes += 2
+    return passes
+
+
+def random_arguments(
+    dtype: torch.dtype,
+    parts: bool,
+    *,
+    batch: int = 2,
+    queries: int = 19,
+    heads: int = 3,
+    channels: int = 8,
+    points: int = 2,
+    shapes: Sequence[tuple[int, int]] = ((3, 5), (2, 2), (1, 4)),
+) -> tuple[Tensor, list[int], Tensor, Tensor, Tensor]:
+    """-> value, spatial shapes, reference points, offsets, logits; with ``parts``, parts of larger tensors."""
+    torch.manual_seed(0)
+    levels, positions = len(shapes), sum(height * width for height, width in shapes)
+    samples = levels * points
+    value = torch.randn(batch, positions, heads, channels + 1).to(dtype)[..., 1:]
+    # Offsets and logits of one product, as the module makes them.
+    product = torch.randn(batch, queries, heads * samples * 3, dtype=torch.promote_types(dtype, torch.float32))
+    sampling = product[..., : heads * samples * 2].view(batch, queries, heads, levels, points, 2)
+    attention = product[..., heads * samples * 2 :].view(batch, queries, heads, levels, points)
+    for extreme in (1e4, -1e4, torch.finfo(torch.float16).max, torch.inf, -torch.inf, torch.nan):
+        sampling.masked_fill_(torch.rand(sampling.shape) < 0.02, extreme)
+    for extreme in (torch.inf, torch.nan):
+        value.masked_fill_(torch.rand(value.shape) < 0.01, extreme)
+        attention.masked_fill_(torch.rand(attention.shape) < 0.01, extreme)
+    references = torch.rand(1, queries, 1, 2).expand(-1, -1, levels, -1)
+    if not parts:
+        value, references, sampling, attention = (x.contiguous() for x in (value, references, sampling, attention))
+    return value, [size for shape in shapes for size in shape], references, sampling, attention
+
+
+if __name__ == "__main__":
+    main()
