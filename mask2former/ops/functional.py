@@ -90,7 +90,7 @@ def _has_kernel(device_type: str) -> bool:
             _say_that_there_is_no_kernel(device_type)
         return False
     if torch.compiler.is_compiling():  # torch.func's transforms of operators can't be compiled
-        return not torch._C._are_functorch_transforms_active()
+        return not registration.transforms_are_active()
     return not torch.jit.is_tracing()  # a trace, as of fvcore's flop counter, knows only torch's own operators
 
 

@@ -53,7 +53,8 @@ def ms_deform_attn_fused_reference(
     Arguments and result are those of :func:`mask2former.ops.ms_deform_attn_fused`, which checks them.
     """
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32  # half types are too coarse for locations
-    sizes = reference_points.new_tensor([(width, height) for height, width in spatial_shapes], dtype=dtype)
+    # Not reference_points.new_tensor, which fails under torch.func in torch 2.4.
+    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=dtype, device=reference_points.device)
     offsets = sampling_offsets.to(dtype) / sizes[:, None]
     sampling_locations = reference_points.to(dtype)[:, :, None, :, None] + offsets  # (B, Q, M, L, P, 2)
     shape = attention_logits.shape

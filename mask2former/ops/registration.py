@@ -25,8 +25,14 @@ def apply(value: Tensor, spatial_shapes: Sequence[int], *inputs: Tensor) -> Tens
         spatial_shapes: height and width of each level, one after another.
         inputs: what the operator takes besides, which tells the two apart.
     """
-    run = _Function.apply if torch._C._are_functorch_transforms_active() else _operator(inputs)
+    run = _Function.apply if transforms_are_active() else _operator(inputs)
     return run(value, spatial_shapes, *inputs)
+
+
+@torch.compiler.assume_constant_result  # torch 2.4's compiler can't trace what it calls
+def transforms_are_active() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _operator(inputs: Sequence[Tensor]) -> Any:
@@ -63,7 +69,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, *inputs = ctx.saved_tensors
     shapes = ctx.spatial_shapes
-    run = _BackwardFunction.apply if torch._C._are_functorch_transforms_active() else _backward_operator(inputs)
+    run = _BackwardFunction.apply if transforms_are_active() else _backward_operator(inputs)
     grad_value, grad_sampling, grad_attention = run(grad_output, value, shapes, *inputs)
     if len(inputs) == 2:
         return grad_value, None, grad_sampling, grad_attention
@@ -73,7 +79,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _grad_of_reference_points(grad_offsets: Tensor, spatial_shapes: Sequence[int], reference_points: Tensor) -> Tensor:
     """A step of a reference point moves all samples of its level by the level's size in cells."""
-    sizes = grad_offsets.new_tensor(spatial_shapes, dtype=reference_points.dtype).view(-1, 2).flip(-1)
+    # Not grad_offsets.new_tensor, which fails under torch.func in torch 2.4.
+    sizes = torch.tensor(spatial_shapes, dtype=reference_points.dtype, device=grad_offsets.device)
+    sizes = sizes.view(-1, 2).flip(-1)
     grad = grad_offsets.sum((2, 4), dtype=reference_points.dtype) * sizes  # (B, Q, L, 2)
     return grad.sum_to_size(reference_points.shape)
 
