@@ -2,6 +2,12 @@
 #include "../ms_deform_attn.h"
 #include "kernel.h"
 
+// Vectors of four float64 are wider than a register here, and passed to functions as older compilers did not: nobody
+// passes them, because those functions are inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
 #define MASK2FORMER_CAPABILITY plain
 #define MASK2FORMER_VECTOR_BYTES 16
 #include "kernels.inc.h"

@@ -2,7 +2,9 @@
 // MASK2FORMER_VECTOR_BYTES and the compiler's target. Nothing in here may be shared between capabilities, hence the
 // namespace and no headers with inline functions.
 //
-// Letters are those of kernel.h; N = L * P samples of a head.
+// Letters are those of kernel.h; N = L * P samples of a head. T is what is computed in: float64 where the value is,
+// else float32. Positions and weights of samples are found for a vector of samples at a time, from arrays that hold one
+// number a sample; sums over the corners go over a vector of channels at a time.
 
 namespace mask2former {
 namespace cpu {
@@ -11,26 +13,9 @@ namespace {
 
 #include "numbers.inc.h"
 
-// What is computed once for the samples of one (picture, query, head). Corners: top left, top right, bottom left,
-// bottom right; one that doesn't exist points at a row of zeros, so that there is no branch and nothing of a cell that
-// isn't meant (NaN times zero is NaN) spreads.
-template <typename V>
-struct Samples {
-  using T = typename Sum<V>::type;
-  int64_t count;         // N
-  const int64_t* start;  // (N) first position of the sample's level
-  const int* height;     // (N)
-  const int* width;      // (N)
-  T* weight;             // (N) attention weight
-  T* fraction_x;         // (N)
-  T* fraction_y;         // (N)
-  T* corner_weight;      // (N, 4) attention weight times bilinear weight
-  T* dot;                // (N, 4) of grad_output with the corner's value
-  int64_t* position;     // (N, 4) or -1
-  const V* zeros;        // (D)
-  T* unused;             // (D) where gradients of missing corners go
-  const V** corner;      // (N, 4)
-};
+// Queries whose corners are found before any is read. Then one head of all of them is summed up after the other:
+// neighbouring queries mostly read the same cells, and those of one head stay in the first cache.
+constexpr int64_t BLOCK = 4;
 
 constexpr size_t ALIGNMENT = 64;
 
@@ -44,321 +29,613 @@ struct Arena {
   }
 };
 
-size_t workspace_size(const Problem& problem) {
-  const size_t samples = size_t(problem.levels * problem.points), channels = size_t(problem.channels);
-  return samples * (8 + 4 + 4 + 3 * 8 + 4 * (8 + 8 + 8 + 8)) + channels * 2 * 8 + 16 * ALIGNMENT;
+// A whole number of vectors.
+int64_t padded(int64_t samples) {
+  constexpr int64_t WIDTH = width_of<float>();
+  return (samples + WIDTH - 1) / WIDTH * WIDTH;
 }
 
-template <typename V>
-Samples<V> make_samples(const Problem& problem, void* workspace) {
-  using T = typename Sum<V>::type;
+int64_t samples_of_head(const Problem& problem) { return problem.levels * problem.points; }
+
+// Arrays of one thread, for `capacity` samples (padded). What lies behind the last sample belongs to no sample, but is
+// computed with.
+template <typename T>
+struct Samples {
+  // What is the same for all queries: the size of a sample's level, the level's first position, the bytes from one row
+  // of the level to the next, and those from the first head to the sample's.
+  T* width;
+  T* height;
+  Integer<T>* columns;
+  Integer<T>* start;
+  uint64_t* row_bytes;
+  uint64_t* head_bytes;
+  // What a coordinate in cells is made of: numbers * scale + base, (x, y) of the samples of one head.
+  T* scale;
+  T* base;
+  T* coordinates;  // in cells, (x, y) of a sample side by side
+  T* x;
+  T* y;
+  T* weight;  // of attention
+  T* fraction_x;
+  T* fraction_y;
+  T* dot;  // (capacity, 4) of grad_output with the corners' values
+  int64_t* found;
+  Integer<T>* any_corner;  // -1 where a sample has a corner to go to, else 0
+  // Corners: top left, top right, bottom left, bottom right. See `corner_index` for the order in memory.
+  T* corner_weight;   // attention weight times bilinear weight
+  uint64_t* address;
+  T* no_row;  // (D) zeros to read where a corner doesn't exist, or a place for its gradient
+};
+
+// Where the first corner of a sample is; the others follow at distances of a vector.
+template <typename T>
+MASK2FORMER_INLINE int64_t corner_index(int64_t sample) {
+  constexpr int64_t WIDTH = width_of<T>();
+  return sample + 3 * (sample & ~(WIDTH - 1));
+}
+
+int64_t capacity_of(const Problem& problem) { return BLOCK * padded(problem.heads * samples_of_head(problem)); }
+
+size_t workspace_size(const Problem& problem) {
+  const size_t numbers = 15 + 3 * 4, head = 4;
+  return size_t(capacity_of(problem)) * numbers * 8 + size_t(samples_of_head(problem)) * head * 8 +
+         size_t(problem.channels) * 8 + 24 * ALIGNMENT;
+}
+
+template <typename T>
+Samples<T> make_samples(const Problem& problem, void* workspace) {
   Arena arena{static_cast<char*>(workspace)};
-  Samples<V> samples;
-  const int64_t count = problem.levels * problem.points;
-  samples.count = count;
-  int64_t* start = arena.take<int64_t>(count);
-  int* height = arena.take<int>(count);
-  int* width = arena.take<int>(count);
-  int64_t position = 0;
-  for (int64_t level = 0; level < problem.levels; ++level) {
-    const int64_t rows = problem.spatial_shapes[2 * level], columns = problem.spatial_shapes[2 * level + 1];
-    for (int64_t point = 0; point < problem.points; ++point) {
-      const int64_t sample = level * problem.points + point;
-      start[sample] = position;
-      height[sample] = int(rows);
-      width[sample] = int(columns);
-    }
-    position += rows * columns;
-  }
-  samples.start = start;
-  samples.height = height;
-  samples.width = width;
-  samples.weight = arena.take<T>(count);
-  samples.fraction_x = arena.take<T>(count);
-  samples.fraction_y = arena.take<T>(count);
-  samples.corner_weight = arena.take<T>(4 * count);
-  samples.dot = arena.take<T>(4 * count);
-  samples.position = arena.take<int64_t>(4 * count);
-  samples.corner = arena.take<const V*>(4 * count);
-  V* zeros = arena.take<V>(problem.channels);
-  for (int64_t d = 0; d < problem.channels; ++d) zeros[d] = V{};
-  samples.zeros = zeros;
-  samples.unused = arena.take<T>(problem.channels);
-  for (int64_t d = 0; d < problem.channels; ++d) samples.unused[d] = T(0);
+  const int64_t capacity = capacity_of(problem), pairs = 2 * samples_of_head(problem);
+  Samples<T> samples;
+  samples.width = arena.take<T>(capacity);
+  samples.height = arena.take<T>(capacity);
+  samples.columns = arena.take<Integer<T>>(capacity);
+  samples.start = arena.take<Integer<T>>(capacity);
+  samples.row_bytes = arena.take<uint64_t>(capacity);
+  samples.head_bytes = arena.take<uint64_t>(capacity);
+  samples.scale = arena.take<T>(pairs);
+  samples.base = arena.take<T>(pairs);
+  samples.coordinates = arena.take<T>(2 * capacity);
+  samples.x = arena.take<T>(capacity);
+  samples.y = arena.take<T>(capacity);
+  samples.weight = arena.take<T>(capacity);
+  samples.fraction_x = arena.take<T>(capacity);
+  samples.fraction_y = arena.take<T>(capacity);
+  samples.dot = arena.take<T>(4 * capacity);
+  samples.found = arena.take<int64_t>(capacity);
+  samples.any_corner = arena.take<Integer<T>>(capacity);
+  samples.corner_weight = arena.take<T>(4 * capacity);
+  samples.address = arena.take<uint64_t>(4 * capacity);
+  samples.no_row = arena.take<T>(problem.channels);
   return samples;
 }
 
-// Attention weights of one head: as given, or the softmax of logits.
-template <typename V, typename S>
-void find_weights(const Problem& problem, const S* attention, Samples<V>& samples) {
-  using T = typename Sum<V>::type;
-  const int64_t count = samples.count;
-  T* __restrict weight = samples.weight;
-  for (int64_t n = 0; n < count; ++n) weight[n] = T(to_sum(attention[n]));
-  if (!problem.reference_points || count == 0) return;
-  T largest = weight[0];
-  for (int64_t n = 1; n < count; ++n) largest = weight[n] > largest ? weight[n] : largest;
-  for (int64_t n = 0; n < count; ++n) weight[n] = exp_of_negative(weight[n] - largest);
-  T sum = T(0);
-  for (int64_t n = 0; n < count; ++n) sum += weight[n];
-  const T scale = T(1) / sum;
-  for (int64_t n = 0; n < count; ++n) weight[n] *= scale;
-}
-
-// Positions and weights of the corners of one head's samples.
-template <typename V, typename S>
-void find_corners(const Problem& problem, int64_t b, int64_t q, int64_t m, Samples<V>& samples) {
-  using T = typename Sum<V>::type;
-  const int64_t count = samples.count;
-  const S* sampling = static_cast<const S*>(problem.sampling) + b * problem.sampling_stride[0] +
-                      q * problem.sampling_stride[1] + m * problem.sampling_stride[2];
-  const S* attention = static_cast<const S*>(problem.attention) + b * problem.attention_stride[0] +
-                       q * problem.attention_stride[1] + m * problem.attention_stride[2];
-  find_weights<V, S>(problem, attention, samples);
-  const T* reference = nullptr;
-  if (problem.reference_points)
-    reference = static_cast<const T*>(problem.reference_points) + b * problem.reference_stride[0] +
-                q * problem.reference_stride[1];
-  for (int64_t n = 0, level = 0, point = 0; n < count; ++n) {
-    const int width = samples.width[n], height = samples.height[n];
-    T x = T(to_sum(sampling[2 * n])), y = T(to_sum(sampling[2 * n + 1]));
-    if (reference) {
-      x = coordinate_of_offset(reference[2 * level], x, width);
-      y = coordinate_of_offset(reference[2 * level + 1], y, height);
-      if (++point == problem.points) point = 0, ++level;
-    } else {
-      x = coordinate_of_location(x, width);
-      y = coordinate_of_location(y, height);
+// Fills in what is the same for all queries: for the levels [first, last) of `repeats` heads or queries. A cell is
+// `cell_bytes` from the next, a head (or query) `head_bytes`.
+template <typename T>
+void describe_levels(const Problem& problem, int64_t first, int64_t last, int64_t repeats, int64_t cell_bytes,
+                     int64_t head_bytes, Samples<T>& samples) {
+  int64_t sample = 0;
+  for (int64_t repeat = 0; repeat < repeats; ++repeat) {
+    int64_t position = 0;
+    for (int64_t level = 0; level < last; ++level) {
+      const int64_t rows = problem.spatial_shapes[2 * level], columns = problem.spatial_shapes[2 * level + 1];
+      for (int64_t point = 0; level >= first && point < problem.points; ++point, ++sample) {
+        samples.width[sample] = T(columns);
+        samples.height[sample] = T(rows);
+        samples.columns[sample] = Integer<T>(columns);
+        samples.start[sample] = Integer<T>(position);
+        samples.row_bytes[sample] = uint64_t(columns * cell_bytes);
+        samples.head_bytes[sample] = uint64_t(repeat * head_bytes);
+      }
+      position += rows * columns;
     }
-    const AxisPosition<T> column = axis_position(x, width), row = axis_position(y, height);
-    samples.fraction_x[n] = column.fraction;
-    samples.fraction_y[n] = row.fraction;
-    const int64_t position = samples.start[n] + int64_t(row.low) * width + column.low;
-    samples.position[4 * n] = row.low_inside & column.low_inside ? position : -1;
-    samples.position[4 * n + 1] = row.low_inside & column.high_inside ? position + 1 : -1;
-    samples.position[4 * n + 2] = row.high_inside & column.low_inside ? position + width : -1;
-    samples.position[4 * n + 3] = row.high_inside & column.high_inside ? position + width + 1 : -1;
-    const T weight = samples.weight[n], right = weight * column.fraction, left = weight - right;
-    samples.corner_weight[4 * n + 1] = right * (T(1) - row.fraction);
-    samples.corner_weight[4 * n] = left * (T(1) - row.fraction);
-    samples.corner_weight[4 * n + 2] = left * row.fraction;
-    samples.corner_weight[4 * n + 3] = right * row.fraction;
   }
-  const V* value = static_cast<const V*>(problem.value) + b * problem.value_stride[0] + m * problem.value_stride[2];
-  const int64_t stride = problem.value_stride[1];
-  for (int64_t i = 0; i < 4 * count; ++i)
-    samples.corner[i] = samples.position[i] < 0 ? samples.zeros : value + samples.position[i] * stride;
+  for (; sample % width_of<float>(); ++sample) {  // no sample, but computed with
+    samples.width[sample] = samples.height[sample] = T(0);
+    samples.columns[sample] = samples.start[sample] = 0;
+    samples.row_bytes[sample] = samples.head_bytes[sample] = 0;
+  }
 }
 
-// output[channel ...] of VECTORS vectors: the weighted sum of corners. Left and right corners have sums of their own,
-// because one sum would wait for its own additions.
+// For `find_coordinates`: a location (x, y) is in cells x * width - 0.5, where 0 is the centre of the first cell; of an
+// offset, the base depends on the query.
+template <typename T>
+void describe_coordinates(const Problem& problem, Samples<T>& samples) {
+  for (int64_t n = 0; n < samples_of_head(problem); ++n) {
+    const int64_t level = n / problem.points;
+    samples.scale[2 * n] = problem.reference_points ? T(1) : T(problem.spatial_shapes[2 * level + 1]);
+    samples.scale[2 * n + 1] = problem.reference_points ? T(1) : T(problem.spatial_shapes[2 * level]);
+    samples.base[2 * n] = samples.base[2 * n + 1] = T(-0.5);
+  }
+}
+
+// Coordinates in cells of a query's samples, (M, N, 2).
+template <typename T>
+void find_coordinates(const Problem& problem, int64_t b, int64_t q, const Samples<T>& samples, T* coordinates) {
+  const int64_t numbers = 2 * samples_of_head(problem);
+  T* __restrict base = samples.base;
+  if (problem.reference_points) {
+    const T* reference = static_cast<const T*>(problem.reference_points) + b * problem.reference_stride[0] +
+                         q * problem.reference_stride[1];
+    for (int64_t level = 0; level < problem.levels; ++level) {
+      const T x = reference[2 * level] * T(problem.spatial_shapes[2 * level + 1]) - T(0.5);
+      const T y = reference[2 * level + 1] * T(problem.spatial_shapes[2 * level]) - T(0.5);
+      for (int64_t point = 0; point < problem.points; ++point, base += 2) base[0] = x, base[1] = y;
+    }
+    base = samples.base;
+  }
+  const T* scale = samples.scale;
+  const T* from = static_cast<const T*>(problem.sampling) + b * problem.sampling_stride[0] +
+                  q * problem.sampling_stride[1];
+  for (int64_t m = 0; m < problem.heads; ++m, from += problem.sampling_stride[2], coordinates += numbers) {
+    int64_t i = 0;
+    for (; i + 4 <= numbers; i += 4)
+      store(coordinates + i, load<Quad<T>>(from + i) * load<Quad<T>>(scale + i) + load<Quad<T>>(base + i));
+    for (; i < numbers; ++i) coordinates[i] = from[i] * scale[i] + base[i];
+  }
+}
+
+template <typename T>
+MASK2FORMER_INLINE T largest_of(const T* numbers, int64_t count) {
+  T largest = numbers[0];
+  int64_t n = 0;
+  if (count >= 4) {
+    Quad<T> quad = load<Quad<T>>(numbers);
+    for (n = 4; n + 4 <= count; n += 4) {
+      const Quad<T> next = load<Quad<T>>(numbers + n);
+      quad = next > quad ? next : quad;
+    }
+    Quad<T> other = MASK2FORMER_SHUFFLE(T, quad, quad, 2, 3, 0, 1);
+    quad = other > quad ? other : quad;
+    largest = quad[0] > quad[1] ? quad[0] : quad[1];
+  }
+  for (; n < count; ++n) largest = numbers[n] > largest ? numbers[n] : largest;
+  return largest;
+}
+
+template <typename T>
+MASK2FORMER_INLINE T sum_of_quad(const Quad<T>& quad) {
+  return (quad[0] + quad[2]) + (quad[1] + quad[3]);
+}
+
+// Attention weights of a query's samples, (M, N): as given, or the softmax of logits.
+template <typename T>
+void find_weights(const Problem& problem, int64_t b, int64_t q, T* weight) {
+  const int64_t count = samples_of_head(problem), all = problem.heads * count;
+  if (all == 0) return;
+  const T* from = static_cast<const T*>(problem.attention) + b * problem.attention_stride[0] +
+                  q * problem.attention_stride[1];
+  for (int64_t m = 0; m < problem.heads; ++m, from += problem.attention_stride[2]) {
+    const T largest = problem.reference_points ? largest_of(from, count) : T(0);
+    T* to = weight + m * count;
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4) store(to + n, load<Quad<T>>(from + n) - largest);
+    for (; n < count; ++n) to[n] = from[n] - largest;
+  }
+  if (!problem.reference_points) return;
+  for (int64_t n = 0; n < all; ++n) weight[n] = exp_of_negative(weight[n]);
+  for (int64_t m = 0; m < problem.heads; ++m, weight += count) {
+    Quad<T> sums{};
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4) sums += load<Quad<T>>(weight + n);
+    T sum = sum_of_quad<T>(sums);
+    for (; n < count; ++n) sum += weight[n];
+    const T scale = T(1) / sum;
+    for (n = 0; n + 4 <= count; n += 4) store(weight + n, load<Quad<T>>(weight + n) * scale);
+    for (; n < count; ++n) weight[n] *= scale;
+  }
+}
+
+// (x, y) side by side into two arrays.
+template <typename T>
+MASK2FORMER_INLINE void split_pairs(const T* pairs, int64_t count, T* x, T* y) {
+  int64_t n = 0;
+  for (; n + 4 <= count; n += 4) {
+    const Quad<T> first = load<Quad<T>>(pairs + 2 * n), second = load<Quad<T>>(pairs + 2 * n + 4);
+    store(x + n, MASK2FORMER_SHUFFLE(T, first, second, 0, 2, 4, 6));
+    store(y + n, MASK2FORMER_SHUFFLE(T, first, second, 1, 3, 5, 7));
+  }
+  for (; n < count; ++n) x[n] = pairs[2 * n], y[n] = pairs[2 * n + 1];
+}
+
+// Where samples lie along one axis: see AxisPosition of ms_deform_attn.h, of which this is the version for vectors.
+template <typename T>
+struct Axis {
+  Vector<T> fraction;
+  Integers<T> low;
+  Integers<T> low_inside;
+  Integers<T> high_inside;
+};
+
+template <typename T>
+MASK2FORMER_INLINE Axis<T> axis_of(Vector<T> coordinate, Vector<T> size) {
+  const Vector<T> lowest = Vector<T>{} - T(2);
+  Vector<T> clamped = coordinate < lowest ? lowest : coordinate;
+  clamped = clamped > size ? size : clamped;
+  Axis<T> axis;
+  const Integers<T> truncated = __builtin_convertvector(clamped == clamped ? clamped : lowest, Integers<T>);
+  axis.low = truncated + (__builtin_convertvector(truncated, Vector<T>) > clamped);  // true is -1
+  axis.fraction = clamped - __builtin_convertvector(axis.low, Vector<T>);
+  axis.low_inside = (clamped >= T(0)) & (clamped < size);
+  axis.high_inside = (clamped >= T(-1)) & (clamped < size - T(1));
+  return axis;
+}
+
+// Corners' rows that may be used: positions [first, last) at `memory`, a row every `stride` bytes.
+struct Rows {
+  uint64_t memory;
+  int64_t stride;
+  int64_t first, last;
+};
+
+// From x, y and weight to corner_weight, address, any_corner and fractions of samples [begin, begin + count). `begin`
+// is a multiple of the vector's width, and the levels of the first sample are those of sample `levels_from`.
+template <typename T>
+void find_corners(const Samples<T>& samples, const Rows& rows, int64_t begin, int64_t count) {
+  constexpr int WIDTH = width_of<T>(), PARTS = ADDRESS_PARTS<T>;
+  // Addresses count from `no_row`, so that a mask makes them zero for corners that aren't there.
+  const uint64_t no_row = reinterpret_cast<uint64_t>(samples.no_row);
+  const uint64_t origin = rows.memory - uint64_t(rows.first * rows.stride) - no_row;
+  const uint64_t stride = uint64_t(rows.stride);
+  const Integer<T> first = Integer<T>(rows.first), last = Integer<T>(rows.last);
+  for (int64_t level_of = 0; level_of < count; level_of += WIDTH) {
+    const int64_t n = begin + level_of;
+    const Axis<T> column = axis_of<T>(load<Vector<T>>(samples.x + n), load<Vector<T>>(samples.width + level_of));
+    const Axis<T> row = axis_of<T>(load<Vector<T>>(samples.y + n), load<Vector<T>>(samples.height + level_of));
+    store(samples.fraction_x + n, column.fraction);
+    store(samples.fraction_y + n, row.fraction);
+
+    const Vector<T> weight = load<Vector<T>>(samples.weight + n);
+    const Vector<T> right = weight * column.fraction, left = weight - right;
+    const Vector<T> top = T(1) - row.fraction;
+    T* corner_weight = samples.corner_weight + 4 * n;
+    store(corner_weight, left * top);
+    store(corner_weight + WIDTH, right * top);
+    store(corner_weight + 2 * WIDTH, left * row.fraction);
+    store(corner_weight + 3 * WIDTH, right * row.fraction);
+
+    const Integers<T> columns = load<Integers<T>>(samples.columns + level_of);
+    const Integers<T> top_left = load<Integers<T>>(samples.start + level_of) + row.low * columns + column.low;
+    const Integers<T> position[4] = {top_left, top_left + 1, top_left + columns, top_left + columns + 1};
+    const Integers<T> inside[4] = {row.low_inside & column.low_inside, row.low_inside & column.high_inside,
+                                   row.high_inside & column.low_inside, row.high_inside & column.high_inside};
+    Addresses base[PARTS], next_row[PARTS];
+    widen(top_left, base);
+    for (int part = 0; part < PARTS; ++part) {
+      const int64_t from = level_of + part * (WIDTH / PARTS);
+      base[part] = base[part] * stride + (load<Addresses>(samples.head_bytes + from) + origin);
+      next_row[part] = load<Addresses>(samples.row_bytes + from);
+    }
+    Integers<T> any{};
+    uint64_t* address = samples.address + 4 * n;
+    for (int corner = 0; corner < 4; ++corner) {
+      const Integers<T> usable = inside[corner] & (position[corner] >= first) & (position[corner] < last);
+      any |= usable;
+      Addresses mask[PARTS];
+      widen(usable, mask);
+      for (int part = 0; part < PARTS; ++part) {
+        Addresses here = base[part];
+        if (corner & 1) here += stride;
+        if (corner & 2) here += next_row[part];
+        store(address + corner * WIDTH + part * (WIDTH / PARTS), (here & mask[part]) + no_row);
+      }
+    }
+    store(samples.any_corner + n, any);
+  }
+}
+
+template <typename V>
+Rows rows_of_value(const Problem& problem, int64_t b) {
+  const V* value = static_cast<const V*>(problem.value) + b * problem.value_stride[0];
+  return Rows{reinterpret_cast<uint64_t>(value), problem.value_stride[1] * int64_t(sizeof(V)), 0, problem.positions};
+}
+
+template <typename V>
+MASK2FORMER_INLINE const V* corner_row(uint64_t address) {
+  return reinterpret_cast<const V*>(address);
+}
+
 template <typename V, int VECTORS>
-MASK2FORMER_INLINE void sum_corners(const Samples<V>& samples, int64_t channel, V* output) {
-  using T = typename Sum<V>::type;
-  Vector<T> left[VECTORS], right[VECTORS];
-  for (int v = 0; v < VECTORS; ++v) left[v] = right[v] = Vector<T>{};
-  const int64_t corners = 4 * samples.count;
-  for (int64_t i = 0; i < corners; i += 2) {
-    const V* left_value = samples.corner[i] + channel;
-    const V* right_value = samples.corner[i + 1] + channel;
-    const T left_weight = samples.corner_weight[i], right_weight = samples.corner_weight[i + 1];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) left[v] += left_weight * load(left_value + v * width_of<T>());
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) right[v] += right_weight * load(right_value + v * width_of<T>());
-  }
-  for (int v = 0; v < VECTORS; ++v) {
-    T numbers[width_of<T>()];
-    store(numbers, left[v] + right[v]);
-    for (int64_t i = 0; i < width_of<T>(); ++i) from_sum(numbers[i], output + channel + v * width_of<T>() + i);
-  }
+MASK2FORMER_INLINE void prefetch_channels(const V* row) {
+  constexpr int LINE = 64, BYTES = VECTORS * width_of<typename Sum<V>::type>() * int(sizeof(V));
+  for (int byte = 0; byte < BYTES; byte += LINE) __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
 }
 
-template <typename V, typename S>
+// One head's output: the weighted sum of corners. Left and right corners have sums of their own, because one sum would
+// wait for its own additions. What is read next, for the samples from `next`, is on its way meanwhile.
+template <typename V, int VECTORS>
+MASK2FORMER_INLINE void sum_corners(const Samples<typename Sum<V>::type>& samples, int64_t first, int64_t last,
+                                    int64_t next, int64_t channel, V* output) {
+  using T = typename Sum<V>::type;
+  constexpr int PARTS = Channels<V, VECTORS>::PARTS;
+  Channels<V, VECTORS> sums[2] = {};
+  for (int64_t n = first; n < last; ++n) {
+    const uint64_t* address = samples.address + corner_index<T>(n);
+    const T* weight = samples.corner_weight + corner_index<T>(n);
+    const uint64_t* next_address = samples.address + corner_index<T>(next + n - first);
+#pragma GCC unroll 4
+    for (int corner = 0; corner < 4; ++corner) {
+      const T weight_here = weight[corner * width_of<T>()];
+      const auto value =
+          load_channels<V, VECTORS>(corner_row<V>(address[corner * width_of<T>()]) + channel);
+      prefetch_channels<V, VECTORS>(corner_row<V>(next_address[corner * width_of<T>()]) + channel);
+#pragma GCC unroll 4
+      for (int i = 0; i < PARTS; ++i) sums[corner & 1].part[i] += weight_here * value.part[i];
+    }
+  }
+  for (int i = 0; i < PARTS; ++i) sums[0].part[i] += sums[1].part[i];
+  store_channels<V, VECTORS>(sums[0], output + channel);
+}
+
+// Finds the corners of row `row` of (B*Q) as number `place` of a block.
+template <typename V>
+void find_corners_of_row(const Problem& problem, const Samples<typename Sum<V>::type>& samples, int64_t row,
+                         int64_t place, const typename Sum<V>::type* coordinates) {
+  const int64_t count = problem.heads * samples_of_head(problem), begin = place * padded(count);
+  split_pairs(coordinates, count, samples.x + begin, samples.y + begin);
+  find_corners(samples, rows_of_value<V>(problem, row / problem.queries), begin, count);
+}
+
+template <typename V>
+Samples<typename Sum<V>::type> samples_of_value(const Problem& problem, void* workspace) {
+  using T = typename Sum<V>::type;
+  Samples<T> samples = make_samples<T>(problem, workspace);
+  describe_coordinates(problem, samples);
+  describe_levels(problem, 0, problem.levels, problem.heads, problem.value_stride[1] * int64_t(sizeof(V)),
+                  problem.value_stride[2] * int64_t(sizeof(V)), samples);
+  for (int64_t d = 0; d < problem.channels; ++d) samples.no_row[d] = T(0);
+  return samples;
+}
+
+template <typename V>
 void forward_of(const Problem& problem, void* output, int64_t first, int64_t last, void* workspace) {
   using T = typename Sum<V>::type;
-  Samples<V> samples = make_samples<V>(problem, workspace);
-  const int64_t channels = problem.channels;
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t b = row / problem.queries, q = row % problem.queries;
+  const Samples<T> samples = samples_of_value<V>(problem, workspace);
+  const int64_t count = samples_of_head(problem), all = padded(problem.heads * count);
+  for (int64_t begin = first; begin < last; begin += BLOCK) {
+    const int64_t rows = last - begin < BLOCK ? last - begin : BLOCK;
+    for (int64_t k = 0; k < rows; ++k) {
+      const int64_t b = (begin + k) / problem.queries, q = (begin + k) % problem.queries;
+      find_coordinates(problem, b, q, samples, samples.coordinates);
+      find_weights(problem, b, q, samples.weight + k * all);
+      find_corners_of_row<V>(problem, samples, begin + k, k, samples.coordinates);
+    }
     for (int64_t m = 0; m < problem.heads; ++m) {
-      find_corners<V, S>(problem, b, q, m, samples);
-      V* head = static_cast<V*>(output) + (row * problem.heads + m) * channels;
-      int64_t channel = 0;
-      for (; channel + 4 * width_of<T>() <= channels; channel += 4 * width_of<T>())
-        sum_corners<V, 4>(samples, channel, head);
-      if (channel + 2 * width_of<T>() <= channels) {
-        sum_corners<V, 2>(samples, channel, head);
-        channel += 2 * width_of<T>();
-      }
-      if (channel + width_of<T>() <= channels) {
-        sum_corners<V, 1>(samples, channel, head);
-        channel += width_of<T>();
-      }
-      for (; channel < channels; ++channel) {
-        T sum = T(0);
-        for (int64_t i = 0; i < 4 * samples.count; ++i)
-          sum += samples.corner_weight[i] * to_sum(samples.corner[i][channel]);
-        from_sum(sum, head + channel);
+      for (int64_t k = 0; k < rows; ++k) {
+        V* head = static_cast<V*>(output) + ((begin + k) * problem.heads + m) * problem.channels;
+        const int64_t sample = k * all + m * count;
+        const int64_t next = k + 1 < rows ? sample + all : (m + 1 < problem.heads ? (m + 1) * count : sample);
+        for_channels<V>(problem.channels, [&](auto vectors, int64_t channel) {
+          sum_corners<V, decltype(vectors)::COUNT>(samples, sample, sample + count, next, channel, head);
+        });
       }
     }
   }
 }
 
-// For VECTORS vectors of channels: adds to the dots, and each corner's share of grad_output to its sums.
+// Coordinates in cells and attention weights of rows [first, last) of (B*Q), where their gradients will be.
+template <typename T>
+void place_samples_of(const Problem& problem, const Gradients& gradients, int64_t first, int64_t last,
+                      void* workspace) {
+  const int64_t count = problem.heads * samples_of_head(problem);
+  Samples<T> samples = make_samples<T>(problem, workspace);
+  describe_coordinates(problem, samples);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t b = row / problem.queries, q = row % problem.queries;
+    find_coordinates(problem, b, q, samples, static_cast<T*>(gradients.sampling) + row * count * 2);
+    find_weights(problem, b, q, static_cast<T*>(gradients.attention) + row * count);
+  }
+}
+
+// For samples [first, last) of one head: the products of grad_output with each corner's value, added to `dot`.
 template <typename V, int VECTORS>
-MASK2FORMER_INLINE void spread_corners(const Samples<V>& samples, int64_t first, int64_t last, int64_t channel,
-                                       const V* grad_output, typename Sum<V>::type* sums, int64_t sums_stride) {
+MASK2FORMER_INLINE void multiply_corners(const Samples<typename Sum<V>::type>& samples, int64_t first, int64_t last,
+                                         int64_t channel, const V* grad_output) {
   using T = typename Sum<V>::type;
-  Vector<T> grad[VECTORS];
-  for (int v = 0; v < VECTORS; ++v) grad[v] = load(grad_output + channel + v * width_of<T>());
-  for (int64_t i = 4 * first; i < 4 * last; ++i) {
-    const V* value = samples.corner[i] + channel;
-    const int64_t position = samples.position[i];
-    T* to = (position < 0 ? samples.unused : sums + position * sums_stride) + channel;
-    const T weight = samples.corner_weight[i];
-    Vector<T> dot{};
+  using Part = typename Channels<V, VECTORS>::Part;
+  const auto grad = load_channels<V, VECTORS>(grad_output + channel);
+  for (int64_t n = first; n < last; ++n) {
+    const uint64_t* address = samples.address + corner_index<T>(n);
+    Part dot[4];
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-      dot += grad[v] * load(value + v * width_of<T>());
-      store(to + v * width_of<T>(), load_plain(to + v * width_of<T>()) + weight * grad[v]);
+    for (int corner = 0; corner < 4; ++corner) {
+      const auto value =
+          load_channels<V, VECTORS>(corner_row<V>(address[corner * width_of<T>()]) + channel);
+      dot[corner] = grad.part[0] * value.part[0];
+#pragma GCC unroll 4
+      for (int i = 1; i < Channels<V, VECTORS>::PARTS; ++i) dot[corner] += grad.part[i] * value.part[i];
     }
-    samples.dot[i] += sum_of<T>(dot);
+    Quad<T> sums = four_sums<T>(dot);
+    if (channel > 0) sums += load<Quad<T>>(samples.dot + 4 * n);
+    store(samples.dot + 4 * n, sums);
   }
 }
 
-// weight * (grad - sum of weight * grad), one function for both ways of the backward pass, so that bits are equal.
-template <typename T, typename S>
-__attribute__((noinline)) void finish_softmax(const T* weight, const T* grad, S* grad_logits, int64_t count) {
-  T mean = T(0);
-  for (int64_t n = 0; n < count; ++n) mean += weight[n] * grad[n];
-  for (int64_t n = 0; n < count; ++n) from_sum(weight[n] * (grad[n] - mean), grad_logits + n);
-}
-
-template <typename V, typename S>
-void backward_of(const Problem& problem, const BackwardTask& task, void* workspace) {
-  using T = typename Sum<V>::type;
-  using R = typename Sum<S>::type;  // float64 only where V is
-  Samples<V> samples = make_samples<V>(problem, workspace);
-  const int64_t channels = problem.channels, count = samples.count, b = task.batch;
-  const int64_t first = task.first_level * problem.points, last = task.last_level * problem.points;
-  const bool all_levels = task.first_level == 0 && task.last_level == problem.levels;
-  for (int64_t q = 0; q < problem.queries; ++q) {
-    for (int64_t m = task.first_head; m < task.last_head; ++m) {
-      find_corners<V, S>(problem, b, q, m, samples);
-      const int64_t row = (b * problem.queries + q) * problem.heads + m;
-      const V* grad = static_cast<const V*>(task.grad_output) + row * channels;
-      T* sums = static_cast<T*>(task.sums) + m * task.sums_stride[1];
-      const int64_t stride = task.sums_stride[0];
-      for (int64_t i = 4 * first; i < 4 * last; ++i) samples.dot[i] = T(0);
-      int64_t channel = 0;
-      for (; channel + 4 * width_of<T>() <= channels; channel += 4 * width_of<T>())
-        spread_corners<V, 4>(samples, first, last, channel, grad, sums, stride);
-      if (channel + 2 * width_of<T>() <= channels) {
-        spread_corners<V, 2>(samples, first, last, channel, grad, sums, stride);
-        channel += 2 * width_of<T>();
-      }
-      if (channel + width_of<T>() <= channels) {
-        spread_corners<V, 1>(samples, first, last, channel, grad, sums, stride);
-        channel += width_of<T>();
-      }
-      for (; channel < channels; ++channel) {
-        const T grad_here = to_sum(grad[channel]);
-        for (int64_t i = 4 * first; i < 4 * last; ++i) {
-          samples.dot[i] += grad_here * to_sum(samples.corner[i][channel]);
-          if (samples.position[i] >= 0)
-            sums[samples.position[i] * stride + channel] += samples.corner_weight[i] * grad_here;
-        }
-      }
-      S* grad_sampling = static_cast<S*>(task.grad_sampling) + row * count * 2;
-      S* grad_attention = static_cast<S*>(task.grad_attention) + row * count;
-      for (int64_t n = first; n < last; ++n) {
-        T* dot = samples.dot + 4 * n;
-        const T fx = samples.fraction_x[n], fy = samples.fraction_y[n], weight = samples.weight[n];
-        const T top = dot[0] + fx * (dot[1] - dot[0]), bottom = dot[2] + fx * (dot[3] - dot[2]);
-        const T slope_x = (dot[1] - dot[0]) + fy * ((dot[3] - dot[2]) - (dot[1] - dot[0]));
-        T grad_x = weight * slope_x, grad_y = weight * (bottom - top);
-        if (!problem.reference_points) grad_x *= T(samples.width[n]), grad_y *= T(samples.height[n]);
-        from_sum(R(grad_x), grad_sampling + 2 * n);
-        from_sum(R(grad_y), grad_sampling + 2 * n + 1);
-        samples.dot[n] = top + fy * (bottom - top);  // read before: n <= 4 n
-      }
-      if (problem.reference_points && all_levels) {
-        finish_softmax<T, S>(samples.weight, samples.dot, grad_attention, count);
-      } else {
-        for (int64_t n = first; n < last; ++n) from_sum(R(samples.dot[n]), grad_attention + n);
-      }
-    }
+// From the dots and fractions of a query's samples to their gradients, in place of coordinates and weights.
+template <typename T>
+void finish_gradients(const Problem& problem, const Samples<T>& samples, int64_t begin, T* __restrict sampling,
+                      T* __restrict attention) {
+  const int64_t count = samples_of_head(problem), all = problem.heads * count;
+  const T* __restrict dots = samples.dot + 4 * begin;
+  const T* __restrict fraction_x = samples.fraction_x + begin;
+  const T* __restrict fraction_y = samples.fraction_y + begin;
+  T* __restrict grad_weight = samples.x + begin;
+  for (int64_t n = 0; n < all; ++n) {
+    const T* dot = dots + 4 * n;
+    const T slope_top = dot[1] - dot[0], slope_bottom = dot[3] - dot[2];
+    const T top = dot[0] + fraction_x[n] * slope_top, bottom = dot[2] + fraction_x[n] * slope_bottom;
+    const T slope_x = slope_top + fraction_y[n] * (slope_bottom - slope_top), slope_y = bottom - top;
+    sampling[2 * n] = attention[n] * slope_x;
+    sampling[2 * n + 1] = attention[n] * slope_y;
+    grad_weight[n] = top + fraction_y[n] * slope_y;
   }
-}
-
-template <typename V, typename S>
-void softmax_backward_of(const Problem& problem, void* grad_attention, int64_t first, int64_t last, void* workspace) {
-  using T = typename Sum<V>::type;
-  Samples<V> samples = make_samples<V>(problem, workspace);
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t b = row / problem.queries, q = row % problem.queries;
-    for (int64_t m = 0; m < problem.heads; ++m) {
-      find_weights<V, S>(problem,
-                         static_cast<const S*>(problem.attention) + b * problem.attention_stride[0] +
-                             q * problem.attention_stride[1] + m * problem.attention_stride[2],
-                         samples);
-      S* grad = static_cast<S*>(grad_attention) + (row * problem.heads + m) * samples.count;
-      for (int64_t n = 0; n < samples.count; ++n) samples.dot[n] = T(to_sum(grad[n]));
-      finish_softmax<T, S>(samples.weight, samples.dot, grad, samples.count);
+  if (problem.reference_points) {
+    for (int64_t m = 0; m < problem.heads; ++m, attention += count, grad_weight += count) {
+      T mean = T(0);
+      for (int64_t n = 0; n < count; ++n) mean += attention[n] * grad_weight[n];
+      for (int64_t n = 0; n < count; ++n) attention[n] *= grad_weight[n] - mean;
+    }
+  } else {
+    for (int64_t n = 0; n < all; ++n) {
+      sampling[2 * n] *= samples.width[n];
+      sampling[2 * n + 1] *= samples.height[n];
+      attention[n] = grad_weight[n];
     }
   }
 }
 
 template <typename V>
-void round_sums_of(const Problem& problem, const void* sums, void* grad_value, int64_t batch, int64_t head,
-                   int64_t first, int64_t last) {
-  const int64_t channels = problem.channels;
-  for (int64_t position = first; position < last; ++position) {
-    const auto* from = static_cast<const typename Sum<V>::type*>(sums) + position * channels;
-    V* to = static_cast<V*>(grad_value) + ((batch * problem.positions + position) * problem.heads + head) * channels;
-    for (int64_t d = 0; d < channels; ++d) from_sum(from[d], to + d);
+void sampling_backward_of(const Problem& problem, const Gradients& gradients, int64_t first, int64_t last,
+                          void* workspace) {
+  using T = typename Sum<V>::type;
+  const Samples<T> samples = samples_of_value<V>(problem, workspace);
+  const int64_t count = samples_of_head(problem), all = problem.heads * count;
+  T* sampling = static_cast<T*>(gradients.sampling);
+  T* attention = static_cast<T*>(gradients.attention);
+  for (int64_t begin = first; begin < last; begin += BLOCK) {
+    const int64_t rows = last - begin < BLOCK ? last - begin : BLOCK;
+    for (int64_t k = 0; k < rows; ++k) {
+      find_corners_of_row<V>(problem, samples, begin + k, k, sampling + (begin + k) * all * 2);
+    }
+    for (int64_t m = 0; m < problem.heads; ++m) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const V* head = static_cast<const V*>(gradients.output) + ((begin + k) * problem.heads + m) * problem.channels;
+        const int64_t sample = k * padded(all) + m * count;
+        for_channels<V>(problem.channels, [&](auto vectors, int64_t channel) {
+          multiply_corners<V, decltype(vectors)::COUNT>(samples, sample, sample + count, channel, head);
+        });
+      }
+    }
+    for (int64_t k = 0; k < rows; ++k)
+      finish_gradients(problem, samples, k * padded(all), sampling + (begin + k) * all * 2, attention + (begin + k) * all);
   }
 }
 
-// Calls FUNCTION<V, S> for the types of `problem`.
-#define MASK2FORMER_FOR_TYPES(FUNCTION, ...)                                               \
-  switch (problem.value_type) {                                                            \
-    case Type::float64:                                                                    \
-      return FUNCTION<double, double>(__VA_ARGS__);                                        \
-    case Type::float32:                                                                    \
-      return FUNCTION<float, float>(__VA_ARGS__);                                          \
-    case Type::bfloat16:                                                                   \
-      if (problem.sampling_type == Type::float32) return FUNCTION<bfloat16, float>(__VA_ARGS__); \
-      return FUNCTION<bfloat16, bfloat16>(__VA_ARGS__);                                    \
-    case Type::float16:                                                                    \
-      if (problem.sampling_type == Type::float32) return FUNCTION<float16, float>(__VA_ARGS__);  \
-      return FUNCTION<float16, float16>(__VA_ARGS__);                                      \
+// Adds grad_output's share to each corner's sums, of the samples in `found`.
+template <typename V, int VECTORS>
+MASK2FORMER_INLINE void spread_to_corners(const Samples<typename Sum<V>::type>& samples, int64_t found,
+                                          int64_t channel, const V* grad_output) {
+  using T = typename Sum<V>::type;
+  const auto grad = load_channels<V, VECTORS>(grad_output + channel);
+  for (int64_t i = 0; i < found; ++i) {
+    const uint64_t* address = samples.address + corner_index<T>(samples.found[i]);
+    const T* weight = samples.corner_weight + corner_index<T>(samples.found[i]);
+#pragma GCC unroll 4
+    for (int corner = 0; corner < 4; ++corner) {
+      const T weight_here = weight[corner * width_of<T>()];
+      T* to = reinterpret_cast<T*>(address[corner * width_of<T>()]) + channel;
+#pragma GCC unroll 4
+      for (int v = 0; v < Channels<V, VECTORS>::PARTS; ++v) {
+        using Part = typename Channels<V, VECTORS>::Part;
+        T* here = to + v * int64_t(sizeof(Part) / sizeof(T));
+        store(here, load<Part>(here) + weight_here * grad.part[v]);
+      }
+    }
+  }
+}
+
+// The levels that have cells in positions [first, last): from `begin` up to before `end`.
+struct Levels {
+  int64_t begin, end;
+};
+
+Levels levels_at(const Problem& problem, int64_t first, int64_t last) {
+  Levels levels{problem.levels, 0};
+  for (int64_t level = 0, position = 0; level < problem.levels; ++level) {
+    const int64_t next = position + problem.spatial_shapes[2 * level] * problem.spatial_shapes[2 * level + 1];
+    if (position < last && next > first) {
+      if (levels.begin > level) levels.begin = level;
+      levels.end = level + 1;
+    }
+    position = next;
+  }
+  return levels;
+}
+
+template <typename V>
+void value_backward_of(const Problem& problem, const Gradients& gradients, const Strip& strip, void* workspace) {
+  using T = typename Sum<V>::type;
+  const int64_t count = samples_of_head(problem), channels = problem.channels;
+  const Levels levels = levels_at(problem, strip.first, strip.last);
+  const int64_t here = levels.end > levels.begin ? (levels.end - levels.begin) * problem.points : 0;
+  T* sums = static_cast<T*>(strip.sums);
+  __builtin_memset(sums, 0, size_t((strip.last - strip.first) * channels) * sizeof(T));
+
+  Samples<T> samples = make_samples<T>(problem, workspace);
+  const int64_t block = here > 0 ? capacity_of(problem) / here : 0;
+  const int64_t cell_bytes = channels * int64_t(sizeof(T));
+  if (here > 0) describe_levels(problem, levels.begin, levels.end, block, cell_bytes, 0, samples);
+  const Rows rows{reinterpret_cast<uint64_t>(sums), cell_bytes, strip.first, strip.last};
+  for (int64_t begin = 0; here > 0 && begin < problem.queries; begin += block) {
+    const int64_t queries = problem.queries - begin < block ? problem.queries - begin : block;
+    const int64_t first_row = (strip.batch * problem.queries + begin) * problem.heads + strip.head;
+    for (int64_t k = 0; k < queries; ++k) {
+      const int64_t from = (first_row + k * problem.heads) * count + levels.begin * problem.points;
+      split_pairs(static_cast<const T*>(gradients.sampling) + 2 * from, here, samples.x + k * here,
+                  samples.y + k * here);
+      const T* weight = static_cast<const T*>(gradients.attention) + from;
+      for (int64_t n = 0; n < here; ++n) samples.weight[k * here + n] = weight[n];
+    }
+    find_corners(samples, rows, 0, queries * here);
+    for (int64_t k = 0; k < queries; ++k) {
+      int64_t found = 0;
+      for (int64_t n = k * here; n < (k + 1) * here; ++n) {
+        samples.found[found] = n;
+        found -= int64_t(samples.any_corner[n]);
+      }
+      const V* grad = static_cast<const V*>(gradients.output) + (first_row + k * problem.heads) * channels;
+      for_channels<V>(channels, [&](auto vectors, int64_t channel) {
+        spread_to_corners<V, decltype(vectors)::COUNT>(samples, found, channel, grad);
+      });
+    }
+  }
+  V* to = static_cast<V*>(gradients.value) + (strip.batch * problem.positions * problem.heads + strip.head) * channels;
+  for (int64_t position = strip.first; position < strip.last; ++position) {
+    for_channels<V>(channels, [&](auto vectors, int64_t channel) {
+      constexpr int COUNT = decltype(vectors)::COUNT;
+      const auto rounded = load<Channels<V, COUNT>>(sums + (position - strip.first) * channels + channel);
+      store_channels<V, COUNT>(rounded, to + position * problem.heads * channels + channel);
+    });
+  }
+}
+
+// Calls FUNCTION<V> for the type of `problem`.
+#define MASK2FORMER_FOR_TYPE(FUNCTION, ...)   \
+  switch (problem.value_type) {               \
+    case Type::float64:                       \
+      return FUNCTION<double>(__VA_ARGS__);   \
+    case Type::float32:                       \
+      return FUNCTION<float>(__VA_ARGS__);    \
+    case Type::bfloat16:                      \
+      return FUNCTION<bfloat16>(__VA_ARGS__); \
+    case Type::float16:                       \
+      return FUNCTION<float16>(__VA_ARGS__);  \
   }
 
 void forward(const Problem& problem, void* output, int64_t first, int64_t last, void* workspace) {
-  MASK2FORMER_FOR_TYPES(forward_of, problem, output, first, last, workspace)
+  MASK2FORMER_FOR_TYPE(forward_of, problem, output, first, last, workspace)
 }
 
-void backward(const Problem& problem, const BackwardTask& task, void* workspace) {
-  MASK2FORMER_FOR_TYPES(backward_of, problem, task, workspace)
-}
-
-void softmax_backward(const Problem& problem, void* grad_attention, int64_t first, int64_t last, void* workspace) {
-  MASK2FORMER_FOR_TYPES(softmax_backward_of, problem, grad_attention, first, last, workspace)
-}
-
-void round_sums(const Problem& problem, const void* sums, void* grad_value, int64_t batch, int64_t head, int64_t first,
-                int64_t last) {
-  if (problem.value_type == Type::bfloat16)
-    round_sums_of<bfloat16>(problem, sums, grad_value, batch, head, first, last);
+void place_samples(const Problem& problem, const Gradients& gradients, int64_t first, int64_t last, void* workspace) {
+  if (problem.value_type == Type::float64)
+    place_samples_of<double>(problem, gradients, first, last, workspace);
   else
-    round_sums_of<float16>(problem, sums, grad_value, batch, head, first, last);
+    place_samples_of<float>(problem, gradients, first, last, workspace);
 }
 
-#undef MASK2FORMER_FOR_TYPES
+void value_backward(const Problem& problem, const Gradients& gradients, const Strip& strip, void* workspace) {
+  MASK2FORMER_FOR_TYPE(value_backward_of, problem, gradients, strip, workspace)
+}
 
-constexpr Kernels KERNELS{workspace_size, forward, backward, softmax_backward, round_sums};
+void sampling_backward(const Problem& problem, const Gradients& gradients, int64_t first, int64_t last,
+                       void* workspace) {
+  MASK2FORMER_FOR_TYPE(sampling_backward_of, problem, gradients, first, last, workspace)
+}
+
+#undef MASK2FORMER_FOR_TYPE
+
+constexpr Kernels KERNELS{workspace_size, forward, place_samples, value_backward, sampling_backward};
 
 }  // namespace
 }  // namespace MASK2FORMER_CAPABILITY

@@ -3,8 +3,6 @@
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -53,23 +51,29 @@ std::unique_ptr<CpuArguments> make_arguments(const Tensor& value, at::IntArrayRe
   Problem& problem = arguments->problem;
   arguments->describe(problem);
   problem.value_type = arguments->value_type;
-  problem.sampling_type = arguments->value_type == Type::float64 ? Type::float64 : Type::float32;
   problem.positions = value.size(1);
   problem.spatial_shapes = arguments->spatial_shapes.data();
   return arguments;
 }
 
-// Memory of one thread, aligned as the kernels need it.
-class Workspace {
+int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
+
+// Memory of one thread, aligned as the kernels need it, with anything in it.
+class Memory {
  public:
-  explicit Workspace(const Problem& problem) : bytes_(kernels().workspace_size(problem) + 64) {}
+  explicit Memory(size_t bytes) : bytes_(new char[bytes + 64]) {}
   void* get() {
-    const auto address = reinterpret_cast<uintptr_t>(bytes_.data());
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
     return reinterpret_cast<void*>((address + 63) / 64 * 64);
   }
 
  private:
-  std::vector<char> bytes_;
+  std::unique_ptr<char[]> bytes_;
+};
+
+class Workspace : public Memory {
+ public:
+  explicit Workspace(const Problem& problem) : Memory(kernels().workspace_size(problem)) {}
 };
 
 Tensor forward(const Tensor& value, at::IntArrayRef spatial_shapes, const Tensor& reference_points,
@@ -86,78 +90,51 @@ Tensor forward(const Tensor& value, at::IntArrayRef spatial_shapes, const Tensor
   return output;
 }
 
-// Tasks own parts of grad_value, and each goes over the queries in order: a cell's sum has the same order of additions
-// for any number of threads. A task is one head of one picture, or one level of it where there are more threads.
+// Memory of one strip of a head's grad_value: it should stay in the second cache.
+constexpr int64_t STRIP_BYTES = 1 << 20;
+
+// Each thread owns strips of heads of grad_value and goes over the queries in order: a cell's sum has the same order of
+// additions for any number of threads.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value,
                                             at::IntArrayRef spatial_shapes, const Tensor& reference_points,
                                             const Tensor& sampling, const Tensor& attention) {
   const auto arguments = make_arguments(value, spatial_shapes, reference_points, sampling, attention);
   const Problem& problem = arguments->problem;
-  TORCH_CHECK(grad_output.dim() == 3 && grad_output.size(0) == problem.batch &&
-                  grad_output.size(1) == problem.queries && grad_output.size(2) == problem.heads * problem.channels,
-              "grad_output must be (", problem.batch, ", ", problem.queries, ", ", problem.heads * problem.channels,
-              "), but has shape ", grad_output.sizes());
-  const Tensor grad = grad_output.to(value.scalar_type()).contiguous();
-  const bool half = problem.value_type == Type::bfloat16 || problem.value_type == Type::float16;
+  const Tensor grad = arguments->checked(grad_output);
   const auto options = value.options().memory_format(c10::nullopt);
-  Tensor grad_value = half ? at::empty(value.sizes(), options) : at::zeros(value.sizes(), options);
-  Tensor grad_sampling = at::empty(sampling.sizes(), options.dtype(arguments->sampling.scalar_type()));
-  Tensor grad_attention = at::empty(attention.sizes(), options.dtype(arguments->sampling.scalar_type()));
-  const void* grad_data = grad.const_data_ptr();
-  char* value_data = static_cast<char*>(grad_value.mutable_data_ptr());
-  void* sampling_data = grad_sampling.mutable_data_ptr();
-  void* attention_data = grad_attention.mutable_data_ptr();
-  const int64_t row = problem.heads * problem.channels, picture = problem.positions * row;
+  const auto sampling_options = options.dtype(arguments->computing_type);
+  Tensor grad_value = at::empty(value.sizes(), options);
+  Tensor grad_sampling = at::empty(sampling.sizes(), sampling_options);
+  Tensor grad_attention = at::empty(attention.sizes(), sampling_options);
+  const Gradients gradients{grad.const_data_ptr(), grad_value.mutable_data_ptr(), grad_sampling.mutable_data_ptr(),
+                            grad_attention.mutable_data_ptr()};
 
-  const int64_t heads = problem.batch * problem.heads;
-  // Half-precision gradients of weights would be rounded between the two passes.
-  const bool by_level = at::get_num_threads() > heads && problem.levels > 1 && problem.sampling_type != Type::bfloat16 &&
-                        problem.sampling_type != Type::float16;
-  const int64_t parts = by_level ? problem.levels : 1;
-  at::parallel_for(0, heads * parts, 1, [&](int64_t first, int64_t last) {
+  const int64_t rows = problem.batch * problem.queries, heads = problem.batch * problem.heads;
+  at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
     Workspace workspace(problem);
-    std::vector<float> head_sums(half ? problem.positions * problem.channels : 0);
-    for (int64_t unit = first; unit < last;) {
-      const int64_t part = unit % parts, head = unit / parts % problem.heads, batch = unit / parts / problem.heads;
-      BackwardTask task{};
-      task.grad_output = grad_data;
-      task.grad_sampling = sampling_data;
-      task.grad_attention = attention_data;
-      task.batch = batch;
-      task.first_head = head;
-      task.last_head = head + 1;
-      task.first_level = by_level ? part : 0;
-      task.last_level = by_level ? part + 1 : problem.levels;
-      if (half) {
-        std::fill(head_sums.begin(), head_sums.end(), 0.0f);
-        task.sums = head_sums.data();
-        task.sums_stride[0] = problem.channels;
-        task.sums_stride[1] = 0;
-      } else {
-        // Neighbouring heads of a picture together: their channels are neighbours in memory.
-        if (!by_level) task.last_head = std::min(problem.heads, head + (last - unit));
-        task.sums = value_data + batch * picture * grad_value.element_size();
-        task.sums_stride[0] = row;
-        task.sums_stride[1] = problem.channels;
-      }
-      kernels().backward(problem, task, workspace.get());
-      if (half) {
-        int64_t begin = 0, end = 0;
-        for (int64_t level = 0; level < task.last_level; ++level) {
-          if (level == task.first_level) begin = end;
-          end += problem.spatial_shapes[2 * level] * problem.spatial_shapes[2 * level + 1];
-        }
-        kernels().round_sums(problem, head_sums.data(), value_data, batch, head, begin, end);
-      }
-      unit += task.last_head - task.first_head;
+    kernels().place_samples(problem, gradients, first, last, workspace.get());
+  });
+
+  const int64_t row_bytes = problem.channels * int64_t(problem.value_type == Type::float64 ? 8 : 4);
+  const int64_t longest = std::max<int64_t>(1, STRIP_BYTES / std::max<int64_t>(1, row_bytes));
+  const int64_t threads_a_head = divide_up(at::get_num_threads(), std::max<int64_t>(1, heads));
+  const int64_t strips = std::max(divide_up(problem.positions, longest), threads_a_head);
+  const int64_t length = divide_up(problem.positions, strips);
+  at::parallel_for(0, heads * strips, 1, [&](int64_t first, int64_t last) {
+    Workspace workspace(problem);
+    Memory sums(length * row_bytes);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t head = i / strips, begin = std::min(problem.positions, i % strips * length);
+      const Strip strip{head / problem.heads, head % problem.heads, begin,
+                        std::min(problem.positions, begin + length), sums.get()};
+      kernels().value_backward(problem, gradients, strip, workspace.get());
     }
   });
-  if (by_level && problem.reference_points) {
-    at::parallel_for(0, problem.batch * problem.queries, 16, [&](int64_t first, int64_t last) {
-      Workspace workspace(problem);
-      kernels().softmax_backward(problem, attention_data, first, last, workspace.get());
-    });
-  }
+
+  at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
+    Workspace workspace(problem);
+    kernels().sampling_backward(problem, gradients, first, last, workspace.get());
+  });
   return {grad_value, grad_sampling.to(sampling.scalar_type()), grad_attention.to(attention.scalar_type())};
 }
 

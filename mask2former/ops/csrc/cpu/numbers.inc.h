@@ -79,45 +79,130 @@ MASK2FORMER_INLINE float exp_of_negative(float x) {
 }
 MASK2FORMER_INLINE double exp_of_negative(double x) { return __builtin_exp(x); }
 
-// A vector of as many numbers as the capability's registers hold.
+// A vector of as many numbers as the capability's registers hold, and one of as many integers of the same size, which
+// comparisons of vectors return. A quad is four numbers whatever the capability: a sample has four corners, and the
+// samples of a head are mostly a multiple of four.
 template <typename T>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
+  typedef int32_t integer;
   typedef float type __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES)));
+  typedef int32_t integers __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES)));
+  typedef float quad __attribute__((vector_size(16)));
+  typedef int32_t quad_integers __attribute__((vector_size(16)));
 };
 template <>
 struct VectorOf<double> {
+  typedef int64_t integer;
   typedef double type __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES)));
+  typedef int64_t integers __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES)));
+  typedef double quad __attribute__((vector_size(32)));
+  typedef int64_t quad_integers __attribute__((vector_size(32)));
 };
 template <typename T>
+using Integer = typename VectorOf<T>::integer;
+template <typename T>
 using Vector = typename VectorOf<T>::type;
+template <typename T>
+using Integers = typename VectorOf<T>::integers;
+template <typename T>
+using Quad = typename VectorOf<T>::quad;
 
-constexpr int FLOATS = MASK2FORMER_VECTOR_BYTES / 4;
 typedef uint32_t Bits32 __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES)));
 typedef uint16_t Bits16 __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES / 2)));
+typedef int32_t HalfIntegers __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES / 2)));
+typedef uint64_t Addresses __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define MASK2FORMER_SHUFFLE(T, a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define MASK2FORMER_SHUFFLE(T, a, b, i, j, k, l) __builtin_shuffle(a, b, typename VectorOf<T>::quad_integers{i, j, k, l})
+#endif
 
 template <typename T>
-constexpr int64_t width_of() {
+constexpr int width_of() {
   return MASK2FORMER_VECTOR_BYTES / sizeof(T);
 }
 
+// A vector from memory of any alignment, and to it.
+template <typename To, typename From>
+MASK2FORMER_INLINE To load(const From* from) {
+  To to;
+  __builtin_memcpy(&to, from, sizeof(to));
+  return to;
+}
+template <typename To, typename From>
+MASK2FORMER_INLINE void store(To* to, const From& from) {
+  __builtin_memcpy(to, &from, sizeof(from));
+}
+
+// How many vectors of addresses there are for a vector of integers.
 template <typename T>
-MASK2FORMER_INLINE Vector<T> load_plain(const T* from) {
-  Vector<T> vector;
-  __builtin_memcpy(&vector, from, sizeof(vector));
-  return vector;
+constexpr int ADDRESS_PARTS = sizeof(uint64_t) / sizeof(T);
+
+MASK2FORMER_INLINE void widen(Integers<float> from, Addresses* to) {
+  HalfIntegers half[2];
+  __builtin_memcpy(half, &from, sizeof(from));
+  for (int i = 0; i < 2; ++i) to[i] = __builtin_convertvector(half[i], Addresses);
 }
-MASK2FORMER_INLINE Vector<float> load(const float* from) { return load_plain(from); }
-MASK2FORMER_INLINE Vector<double> load(const double* from) { return load_plain(from); }
-MASK2FORMER_INLINE Vector<float> load(const bfloat16* from) {
-  Bits16 bits;
-  __builtin_memcpy(&bits, from, sizeof(bits));
-  return (Vector<float>)(__builtin_convertvector(bits, Bits32) << 16);
+MASK2FORMER_INLINE void widen(Integers<double> from, Addresses* to) { *to = (Addresses)from; }
+
+// The four sums of four vectors' numbers; of numbers, themselves.
+template <typename T>
+MASK2FORMER_INLINE Quad<T> four_sums(const Vector<T>* vectors) {
+  constexpr int WIDTH = width_of<T>();
+  if constexpr (WIDTH < 4) {
+    Quad<T> sums{};
+    for (int i = 0; i < 4; ++i) sums[i] = vectors[i][0] + vectors[i][1];
+    return sums;
+  } else {
+    Quad<T> folded[4];
+    for (int i = 0; i < 4; ++i) {
+      Quad<T> quads[WIDTH / 4];
+      __builtin_memcpy(quads, vectors + i, sizeof(quads));
+      folded[i] = quads[0];
+      for (int k = 1; k < WIDTH / 4; ++k) folded[i] += quads[k];
+    }
+    const Quad<T> first = MASK2FORMER_SHUFFLE(T, folded[0], folded[1], 0, 1, 4, 5) +
+                          MASK2FORMER_SHUFFLE(T, folded[0], folded[1], 2, 3, 6, 7);
+    const Quad<T> second = MASK2FORMER_SHUFFLE(T, folded[2], folded[3], 0, 1, 4, 5) +
+                           MASK2FORMER_SHUFFLE(T, folded[2], folded[3], 2, 3, 6, 7);
+    return MASK2FORMER_SHUFFLE(T, first, second, 0, 2, 4, 6) + MASK2FORMER_SHUFFLE(T, first, second, 1, 3, 5, 7);
+  }
 }
-MASK2FORMER_INLINE Vector<float> load(const float16* from) {
-  Bits16 half;
-  __builtin_memcpy(&half, from, sizeof(half));
+template <typename T>
+MASK2FORMER_INLINE Quad<T> four_sums(const T* numbers) {
+  return load<Quad<T>>(numbers);
+}
+
+// Neighbouring channels as numbers to calculate with: VECTORS vectors, or a single channel where VECTORS is 0.
+template <typename V, int VECTORS>
+struct Channels {
+  using Part = Vector<typename Sum<V>::type>;
+  static constexpr int PARTS = VECTORS;
+  Part part[PARTS];
+};
+template <typename V>
+struct Channels<V, 0> {
+  using Part = typename Sum<V>::type;
+  static constexpr int PARTS = 1;
+  Part part[PARTS];
+};
+
+// Whether the parts of Channels come in pairs, one of the even channels and one of the odd ones: the bits of two
+// neighbouring bfloat16 make two floats with a shift and a mask, and nothing has to be moved between lanes.
+template <typename V, int VECTORS>
+constexpr bool IN_PAIRS = false;
+template <>
+constexpr bool IN_PAIRS<bfloat16, 2> = true;
+template <>
+constexpr bool IN_PAIRS<bfloat16, 4> = true;
+
+MASK2FORMER_INLINE Vector<float> numbers_of(Bits16 half, bfloat16) {
+  return (Vector<float>)(__builtin_convertvector(half, Bits32) << 16);
+}
+MASK2FORMER_INLINE Vector<float> numbers_of(Bits16 half, float16) {
   const Bits32 bits = __builtin_convertvector(half, Bits32), magnitude = (bits & 0x7fff) << 13;
   const Vector<float> scaled = (Vector<float>)magnitude * 0x1p112f;  // as in to_sum
   const Bits32 all_ones = (Bits32)(magnitude >= 0x0f800000u);
@@ -125,17 +210,65 @@ MASK2FORMER_INLINE Vector<float> load(const float16* from) {
   return (Vector<float>)(number | ((bits & 0x8000) << 16));
 }
 
-template <typename T>
-MASK2FORMER_INLINE void store(T* to, Vector<T> vector) {
-  __builtin_memcpy(to, &vector, sizeof(vector));
+template <typename V, int VECTORS>
+MASK2FORMER_INLINE Channels<V, VECTORS> load_channels(const V* from) {
+  Channels<V, VECTORS> to;
+  if constexpr (VECTORS == 0) {
+    to.part[0] = to_sum(*from);
+  } else if constexpr (sizeof(V) == sizeof(typename Sum<V>::type)) {
+    for (int i = 0; i < VECTORS; ++i) to.part[i] = load<Vector<V>>(from + i * width_of<V>());
+  } else if constexpr (IN_PAIRS<V, VECTORS>) {
+    for (int i = 0; i < VECTORS; i += 2) {
+      const Bits32 bits = load<Bits32>(from + i * width_of<float>());
+      to.part[i] = (Vector<float>)(bits << 16);
+      to.part[i + 1] = (Vector<float>)(bits & 0xffff0000u);
+    }
+  } else {
+    for (int i = 0; i < VECTORS; ++i) to.part[i] = numbers_of(load<Bits16>(from + i * width_of<float>()), V{});
+  }
+  return to;
 }
 
-// Halves the vector until one number is left: the same order of additions for every capability's own width.
-template <typename T>
-MASK2FORMER_INLINE T sum_of(Vector<T> vector) {
-  T numbers[width_of<T>()];
-  __builtin_memcpy(numbers, &vector, sizeof(vector));
-  for (int64_t half = width_of<T>() / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) numbers[i] += numbers[i + half];
-  return numbers[0];
+// Rounded as `from_sum` does, in the upper half of each number.
+MASK2FORMER_INLINE Bits32 rounded_to_bfloat16(Vector<float> x) {
+  const Bits32 bits = (Bits32)x, is_number = (Bits32)(x == x);
+  return (is_number & (bits + 0x7fff + ((bits >> 16) & 1))) | (~is_number & 0x7fc00000u);
+}
+
+template <typename V, int VECTORS>
+MASK2FORMER_INLINE void store_channels(const Channels<V, VECTORS>& from, V* to) {
+  if constexpr (VECTORS == 0) {
+    from_sum(from.part[0], to);
+  } else if constexpr (sizeof(V) == sizeof(typename Sum<V>::type)) {
+    for (int i = 0; i < VECTORS; ++i) store(to + i * width_of<V>(), from.part[i]);
+  } else if constexpr (IN_PAIRS<V, VECTORS>) {
+    for (int i = 0; i < VECTORS; i += 2)
+      store(to + i * width_of<float>(), (rounded_to_bfloat16(from.part[i]) >> 16) |
+                                            (rounded_to_bfloat16(from.part[i + 1]) & 0xffff0000u));
+  } else {
+    float numbers[VECTORS * width_of<float>()];
+    __builtin_memcpy(numbers, from.part, sizeof(numbers));
+    for (int i = 0; i < VECTORS * width_of<float>(); ++i) from_sum(numbers[i], to + i);
+  }
+}
+
+// Calls function(Vectors<VECTORS>{}, channel) until all channels had their turn.
+template <int N>
+struct Vectors {
+  static constexpr int COUNT = N;
+};
+template <typename V, typename Function>
+MASK2FORMER_INLINE void for_channels(int64_t channels, Function function) {
+  constexpr int WIDTH = width_of<typename Sum<V>::type>();
+  int64_t channel = 0;
+  for (; channel + 4 * WIDTH <= channels; channel += 4 * WIDTH) function(Vectors<4>{}, channel);
+  if (channel + 2 * WIDTH <= channels) {
+    function(Vectors<2>{}, channel);
+    channel += 2 * WIDTH;
+  }
+  if (channel + WIDTH <= channels) {
+    function(Vectors<1>{}, channel);
+    channel += WIDTH;
+  }
+  for (; channel < channels; ++channel) function(Vectors<0>{}, channel);
 }
