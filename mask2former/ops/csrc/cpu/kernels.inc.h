@@ -17,6 +17,10 @@ namespace {
 // neighbouring queries mostly read the same cells, and those of one head stay in the first cache.
 constexpr int64_t BLOCK = 4;
 
+// How many queries ahead the gradient of value asks for what it reads: a head's share of one query lies too far from
+// that of the next for the CPU to guess.
+constexpr int64_t QUERIES_AHEAD = 16;
+
 constexpr size_t ALIGNMENT = 64;
 
 struct Arena {
@@ -214,7 +218,7 @@ void find_weights(const Problem& problem, int64_t b, int64_t q, T* weight) {
     for (; n < count; ++n) to[n] = from[n] - largest;
   }
   if (!problem.reference_points) return;
-  for (int64_t n = 0; n < all; ++n) weight[n] = exp_of_negative(weight[n]);
+  exp_of_negative(weight, all);
   for (int64_t m = 0; m < problem.heads; ++m, weight += count) {
     Quad<T> sums{};
     int64_t n = 0;
@@ -336,10 +340,14 @@ MASK2FORMER_INLINE const V* corner_row(uint64_t address) {
   return reinterpret_cast<const V*>(address);
 }
 
+// Asks for memory that will be read soon, or never: any address will do.
+MASK2FORMER_INLINE void prefetch(const void* address, int64_t bytes) {
+  constexpr int64_t LINE = 64;
+  for (int64_t byte = 0; byte < bytes; byte += LINE) __builtin_prefetch(static_cast<const char*>(address) + byte);
+}
 template <typename V, int VECTORS>
 MASK2FORMER_INLINE void prefetch_channels(const V* row) {
-  constexpr int LINE = 64, BYTES = VECTORS * width_of<typename Sum<V>::type>() * int(sizeof(V));
-  for (int byte = 0; byte < BYTES; byte += LINE) __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+  prefetch(row, VECTORS * width_of<typename Sum<V>::type>() * int64_t(sizeof(V)));
 }
 
 // One head's output: the weighted sum of corners. Left and right corners have sums of their own, because one sum would
@@ -348,24 +356,28 @@ template <typename V, int VECTORS>
 MASK2FORMER_INLINE void sum_corners(const Samples<typename Sum<V>::type>& samples, int64_t first, int64_t last,
                                     int64_t next, int64_t channel, V* output) {
   using T = typename Sum<V>::type;
-  constexpr int PARTS = Channels<V, VECTORS>::PARTS;
-  Channels<V, VECTORS> sums[2] = {};
+  constexpr int PARTS = Channels<V, VECTORS>::PARTS, WIDTH = width_of<T>();
+  Channels<V, VECTORS> left, right;
+  for (int i = 0; i < PARTS; ++i) left.part[i] = right.part[i] = typename Channels<V, VECTORS>::Part{};
   for (int64_t n = first; n < last; ++n) {
     const uint64_t* address = samples.address + corner_index<T>(n);
-    const T* weight = samples.corner_weight + corner_index<T>(n);
     const uint64_t* next_address = samples.address + corner_index<T>(next + n - first);
+    const T* weight = samples.corner_weight + corner_index<T>(n);
+#pragma GCC unroll 2
+    for (int row = 0; row < 4 * WIDTH; row += 2 * WIDTH) {
+      const auto left_value = load_channels<V, VECTORS>(corner_row<V>(address[row]) + channel);
+      const auto right_value = load_channels<V, VECTORS>(corner_row<V>(address[row + WIDTH]) + channel);
+      const T left_weight = weight[row], right_weight = weight[row + WIDTH];
 #pragma GCC unroll 4
-    for (int corner = 0; corner < 4; ++corner) {
-      const T weight_here = weight[corner * width_of<T>()];
-      const auto value =
-          load_channels<V, VECTORS>(corner_row<V>(address[corner * width_of<T>()]) + channel);
-      prefetch_channels<V, VECTORS>(corner_row<V>(next_address[corner * width_of<T>()]) + channel);
+      for (int i = 0; i < PARTS; ++i) left.part[i] += left_weight * left_value.part[i];
 #pragma GCC unroll 4
-      for (int i = 0; i < PARTS; ++i) sums[corner & 1].part[i] += weight_here * value.part[i];
+      for (int i = 0; i < PARTS; ++i) right.part[i] += right_weight * right_value.part[i];
+      prefetch_channels<V, VECTORS>(corner_row<V>(next_address[row]) + channel);
+      prefetch_channels<V, VECTORS>(corner_row<V>(next_address[row + WIDTH]) + channel);
     }
   }
-  for (int i = 0; i < PARTS; ++i) sums[0].part[i] += sums[1].part[i];
-  store_channels<V, VECTORS>(sums[0], output + channel);
+  for (int i = 0; i < PARTS; ++i) left.part[i] += right.part[i];
+  store_channels<V, VECTORS>(left, output + channel);
 }
 
 // Finds the corners of row `row` of (B*Q) as number `place` of a block.
@@ -405,7 +417,7 @@ void forward_of(const Problem& problem, void* output, int64_t first, int64_t las
       for (int64_t k = 0; k < rows; ++k) {
         V* head = static_cast<V*>(output) + ((begin + k) * problem.heads + m) * problem.channels;
         const int64_t sample = k * all + m * count;
-        const int64_t next = k + 1 < rows ? sample + all : (m + 1 < problem.heads ? (m + 1) * count : sample);
+        const int64_t next = k + 1 < rows ? sample + all : m + 1 < problem.heads ? (m + 1) * count : sample;
         for_channels<V>(problem.channels, [&](auto vectors, int64_t channel) {
           sum_corners<V, decltype(vectors)::COUNT>(samples, sample, sample + count, next, channel, head);
         });
@@ -428,20 +440,22 @@ void place_samples_of(const Problem& problem, const Gradients& gradients, int64_
   }
 }
 
-// For samples [first, last) of one head: the products of grad_output with each corner's value, added to `dot`.
+// For samples [first, last) of one head: the products of grad_output with each corner's value, added to `dot`. `next`
+// is as in sum_corners.
 template <typename V, int VECTORS>
 MASK2FORMER_INLINE void multiply_corners(const Samples<typename Sum<V>::type>& samples, int64_t first, int64_t last,
-                                         int64_t channel, const V* grad_output) {
+                                         int64_t next, int64_t channel, const V* grad_output) {
   using T = typename Sum<V>::type;
   using Part = typename Channels<V, VECTORS>::Part;
   const auto grad = load_channels<V, VECTORS>(grad_output + channel);
   for (int64_t n = first; n < last; ++n) {
     const uint64_t* address = samples.address + corner_index<T>(n);
+    const uint64_t* next_address = samples.address + corner_index<T>(next + n - first);
     Part dot[4];
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
-      const auto value =
-          load_channels<V, VECTORS>(corner_row<V>(address[corner * width_of<T>()]) + channel);
+      const auto value = load_channels<V, VECTORS>(corner_row<V>(address[corner * width_of<T>()]) + channel);
+      prefetch_channels<V, VECTORS>(corner_row<V>(next_address[corner * width_of<T>()]) + channel);
       dot[corner] = grad.part[0] * value.part[0];
 #pragma GCC unroll 4
       for (int i = 1; i < Channels<V, VECTORS>::PARTS; ++i) dot[corner] += grad.part[i] * value.part[i];
@@ -502,8 +516,9 @@ void sampling_backward_of(const Problem& problem, const Gradients& gradients, in
       for (int64_t k = 0; k < rows; ++k) {
         const V* head = static_cast<const V*>(gradients.output) + ((begin + k) * problem.heads + m) * problem.channels;
         const int64_t sample = k * padded(all) + m * count;
+        const int64_t next = k + 1 < rows ? sample + padded(all) : m + 1 < problem.heads ? (m + 1) * count : sample;
         for_channels<V>(problem.channels, [&](auto vectors, int64_t channel) {
-          multiply_corners<V, decltype(vectors)::COUNT>(samples, sample, sample + count, channel, head);
+          multiply_corners<V, decltype(vectors)::COUNT>(samples, sample, sample + count, next, channel, head);
         });
       }
     }
@@ -524,13 +539,11 @@ MASK2FORMER_INLINE void spread_to_corners(const Samples<typename Sum<V>::type>& 
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
       const T weight_here = weight[corner * width_of<T>()];
-      T* to = reinterpret_cast<T*>(address[corner * width_of<T>()]) + channel;
+      T* sums = reinterpret_cast<T*>(address[corner * width_of<T>()]) + channel;
+      auto sum = load_sums<V, VECTORS>(sums);
 #pragma GCC unroll 4
-      for (int v = 0; v < Channels<V, VECTORS>::PARTS; ++v) {
-        using Part = typename Channels<V, VECTORS>::Part;
-        T* here = to + v * int64_t(sizeof(Part) / sizeof(T));
-        store(here, load<Part>(here) + weight_here * grad.part[v]);
-      }
+      for (int i = 0; i < Channels<V, VECTORS>::PARTS; ++i) sum.part[i] += weight_here * grad.part[i];
+      store_sums<V, VECTORS>(sum, sums);
     }
   }
 }
@@ -553,49 +566,74 @@ Levels levels_at(const Problem& problem, int64_t first, int64_t last) {
   return levels;
 }
 
-template <typename V>
-void value_backward_of(const Problem& problem, const Gradients& gradients, const Strip& strip, void* workspace) {
-  using T = typename Sum<V>::type;
-  const int64_t count = samples_of_head(problem), channels = problem.channels;
-  const Levels levels = levels_at(problem, strip.first, strip.last);
-  const int64_t here = levels.end > levels.begin ? (levels.end - levels.begin) * problem.points : 0;
-  T* sums = static_cast<T*>(strip.sums);
-  __builtin_memset(sums, 0, size_t((strip.last - strip.first) * channels) * sizeof(T));
+// Copies coordinates and weights of one head's samples at `levels`, for queries in a row, out of where their gradients
+// will be.
+template <typename T>
+void take_samples(const Problem& problem, const Gradients& gradients, int64_t first_row, int64_t queries,
+                  const Levels& levels, const Samples<T>& samples) {
+  const int64_t count = samples_of_head(problem), here = (levels.end - levels.begin) * problem.points;
+  const int64_t step = problem.heads * count;
+  const int64_t first = first_row * count + levels.begin * problem.points;
+  for (int64_t k = 0; k < queries; ++k) {
+    const T* coordinates = static_cast<const T*>(gradients.sampling) + 2 * (first + k * step);
+    const T* weight = static_cast<const T*>(gradients.attention) + first + k * step;
+    prefetch(coordinates + 2 * QUERIES_AHEAD * step, 2 * here * int64_t(sizeof(T)));
+    prefetch(weight + QUERIES_AHEAD * step, here * int64_t(sizeof(T)));
+    split_pairs(coordinates, here, samples.x + k * here, samples.y + k * here);
+    for (int64_t n = 0; n < here; ++n) samples.weight[k * here + n] = weight[n];
+  }
+}
 
+// Lists those of samples [first, last) that have a corner to go to.
+template <typename T>
+MASK2FORMER_INLINE int64_t list_found(const Samples<T>& samples, int64_t first, int64_t last) {
+  int64_t found = 0;
+  for (int64_t n = first; n < last; ++n) {  // a branch would be guessed wrong too often
+    samples.found[found] = n;
+    found -= int64_t(samples.any_corner[n]);
+  }
+  return found;
+}
+
+template <typename V>
+void sum_up_strip(const Problem& problem, const Gradients& gradients, const Strip& strip, const Levels& levels,
+                  void* workspace) {
+  using T = typename Sum<V>::type;
+  const int64_t channels = problem.channels, here = (levels.end - levels.begin) * problem.points;
+  const int64_t cell_bytes = channels * int64_t(sizeof(T)), block = capacity_of(problem) / here;
   Samples<T> samples = make_samples<T>(problem, workspace);
-  const int64_t block = here > 0 ? capacity_of(problem) / here : 0;
-  const int64_t cell_bytes = channels * int64_t(sizeof(T));
-  if (here > 0) describe_levels(problem, levels.begin, levels.end, block, cell_bytes, 0, samples);
-  const Rows rows{reinterpret_cast<uint64_t>(sums), cell_bytes, strip.first, strip.last};
-  for (int64_t begin = 0; here > 0 && begin < problem.queries; begin += block) {
+  describe_levels(problem, levels.begin, levels.end, block, cell_bytes, 0, samples);
+  const Rows rows{reinterpret_cast<uint64_t>(strip.sums), cell_bytes, strip.first, strip.last};
+  for (int64_t begin = 0; begin < problem.queries; begin += block) {
     const int64_t queries = problem.queries - begin < block ? problem.queries - begin : block;
     const int64_t first_row = (strip.batch * problem.queries + begin) * problem.heads + strip.head;
-    for (int64_t k = 0; k < queries; ++k) {
-      const int64_t from = (first_row + k * problem.heads) * count + levels.begin * problem.points;
-      split_pairs(static_cast<const T*>(gradients.sampling) + 2 * from, here, samples.x + k * here,
-                  samples.y + k * here);
-      const T* weight = static_cast<const T*>(gradients.attention) + from;
-      for (int64_t n = 0; n < here; ++n) samples.weight[k * here + n] = weight[n];
-    }
+    take_samples(problem, gradients, first_row, queries, levels, samples);
     find_corners(samples, rows, 0, queries * here);
     for (int64_t k = 0; k < queries; ++k) {
-      int64_t found = 0;
-      for (int64_t n = k * here; n < (k + 1) * here; ++n) {
-        samples.found[found] = n;
-        found -= int64_t(samples.any_corner[n]);
-      }
+      const int64_t found = list_found(samples, k * here, (k + 1) * here);
       const V* grad = static_cast<const V*>(gradients.output) + (first_row + k * problem.heads) * channels;
+      prefetch(grad + QUERIES_AHEAD * problem.heads * channels, channels * int64_t(sizeof(V)));
       for_channels<V>(channels, [&](auto vectors, int64_t channel) {
         spread_to_corners<V, decltype(vectors)::COUNT>(samples, found, channel, grad);
       });
     }
   }
+}
+
+template <typename V>
+void value_backward_of(const Problem& problem, const Gradients& gradients, const Strip& strip, void* workspace) {
+  using T = typename Sum<V>::type;
+  const int64_t channels = problem.channels;
+  T* sums = static_cast<T*>(strip.sums);
+  __builtin_memset(sums, 0, size_t((strip.last - strip.first) * channels) * sizeof(T));
+  const Levels levels = levels_at(problem, strip.first, strip.last);
+  if (levels.begin < levels.end && problem.points > 0) sum_up_strip<V>(problem, gradients, strip, levels, workspace);
   V* to = static_cast<V*>(gradients.value) + (strip.batch * problem.positions * problem.heads + strip.head) * channels;
   for (int64_t position = strip.first; position < strip.last; ++position) {
     for_channels<V>(channels, [&](auto vectors, int64_t channel) {
       constexpr int COUNT = decltype(vectors)::COUNT;
-      const auto rounded = load<Channels<V, COUNT>>(sums + (position - strip.first) * channels + channel);
-      store_channels<V, COUNT>(rounded, to + position * problem.heads * channels + channel);
+      store_channels<V, COUNT>(load_sums<V, COUNT>(sums + (position - strip.first) * channels + channel),
+                               to + position * problem.heads * channels + channel);
     });
   }
 }

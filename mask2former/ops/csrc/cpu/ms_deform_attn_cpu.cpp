@@ -58,17 +58,17 @@ std::unique_ptr<CpuArguments> make_arguments(const Tensor& value, at::IntArrayRe
 
 int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
-// Memory of one thread, aligned as the kernels need it, with anything in it.
+// Memory of one thread, aligned as the kernels need it.
 class Memory {
  public:
-  explicit Memory(size_t bytes) : bytes_(new char[bytes + 64]) {}
+  explicit Memory(size_t bytes) : bytes_(bytes + 64) {}
   void* get() {
-    const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.data());
     return reinterpret_cast<void*>((address + 63) / 64 * 64);
   }
 
  private:
-  std::unique_ptr<char[]> bytes_;
+  std::vector<char> bytes_;
 };
 
 class Workspace : public Memory {

@@ -60,25 +60,6 @@ MASK2FORMER_INLINE void from_sum(float x, float16* to) {
   to->bits = uint16_t(sign | half);
 }
 
-// exp(x) for x <= 0, within 2 units in the last place; without a branch, so that loops over it vectorise.
-MASK2FORMER_INLINE float exp_of_negative(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the rounded integer
-  const float power = shifted - 12582912.0f;
-  const float rest = (clamped - power * 0.693145752f) - power * 1.42860677e-6f;  // within +-log(2) / 2
-  float series = 1.0f / 5040;
-  series = series * rest + 1.0f / 720;
-  series = series * rest + 1.0f / 120;
-  series = series * rest + 1.0f / 24;
-  series = series * rest + 1.0f / 6;
-  series = series * rest + 0.5f;
-  series = series * rest + 1.0f;
-  series = series * rest + 1.0f;
-  const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) - 0x4b400000u + 127u) << 23);
-  return x != x ? x : (x < -87.0f ? 0.0f : series * scale);
-}
-MASK2FORMER_INLINE double exp_of_negative(double x) { return __builtin_exp(x); }
-
 // A vector of as many numbers as the capability's registers hold, and one of as many integers of the same size, which
 // comparisons of vectors return. A quad is four numbers whatever the capability: a sample has four corners, and the
 // samples of a head are mostly a multiple of four.
@@ -176,6 +157,39 @@ MASK2FORMER_INLINE Quad<T> four_sums(const T* numbers) {
   return load<Quad<T>>(numbers);
 }
 
+// exp(x) for x <= 0, within 2 units in the last place.
+MASK2FORMER_INLINE Vector<float> exp_of_negative(Vector<float> x) {
+  const Vector<float> clamped = x < -87.0f ? Vector<float>{} - 87.0f : x;
+  const Vector<float> shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the last bits are a rounded integer
+  const Vector<float> power = shifted - 12582912.0f;
+  const Vector<float> rest = (clamped - power * 0.693145752f) - power * 1.42860677e-6f;  // within +-log(2) / 2
+  Vector<float> series = rest * (1.0f / 5040) + 1.0f / 720;
+  series = series * rest + 1.0f / 120;
+  series = series * rest + 1.0f / 24;
+  series = series * rest + 1.0f / 6;
+  series = series * rest + 0.5f;
+  series = series * rest + 1.0f;
+  series = series * rest + 1.0f;
+  const Vector<float> scale = (Vector<float>)(((Bits32)shifted - 0x4b400000u + 127u) << 23);
+  const Vector<float> product = series * scale;
+  return x == x ? (x < -87.0f ? Vector<float>{} : product) : x;
+}
+
+// The same of `count` numbers in place.
+MASK2FORMER_INLINE void exp_of_negative(float* numbers, int64_t count) {
+  constexpr int WIDTH = width_of<float>();
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) store(numbers + i, exp_of_negative(load<Vector<float>>(numbers + i)));
+  if (i == count) return;
+  Vector<float> rest{};
+  __builtin_memcpy(&rest, numbers + i, size_t(count - i) * sizeof(float));
+  rest = exp_of_negative(rest);
+  __builtin_memcpy(numbers + i, &rest, size_t(count - i) * sizeof(float));
+}
+MASK2FORMER_INLINE void exp_of_negative(double* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) numbers[i] = __builtin_exp(numbers[i]);
+}
+
 // Neighbouring channels as numbers to calculate with: VECTORS vectors, or a single channel where VECTORS is 0.
 template <typename V, int VECTORS>
 struct Channels {
@@ -227,6 +241,19 @@ MASK2FORMER_INLINE Channels<V, VECTORS> load_channels(const V* from) {
     for (int i = 0; i < VECTORS; ++i) to.part[i] = numbers_of(load<Bits16>(from + i * width_of<float>()), V{});
   }
   return to;
+}
+
+// Sums in memory have the order of parts, whichever that is.
+template <typename V, int VECTORS>
+MASK2FORMER_INLINE Channels<V, VECTORS> load_sums(const typename Sum<V>::type* from) {
+  using Part = typename Channels<V, VECTORS>::Part;
+  Channels<V, VECTORS> to;
+  for (int i = 0; i < to.PARTS; ++i) to.part[i] = load<Part>(from + i * int64_t(sizeof(Part) / sizeof(*from)));
+  return to;
+}
+template <typename V, int VECTORS>
+MASK2FORMER_INLINE void store_sums(const Channels<V, VECTORS>& from, typename Sum<V>::type* to) {
+  for (int i = 0; i < from.PARTS; ++i) store(to + i * int64_t(sizeof(from.part[i]) / sizeof(*to)), from.part[i]);
 }
 
 // Rounded as `from_sum` does, in the upper half of each number.
