@@ -45,6 +45,7 @@ SIZES: tuple[dict, ...] = (
     *({"channels": channels} for channels in (1, 3, 8, 15, 16, 17, 31, 32, 33, 64, 100)),
     {"batch": 1, "heads": 1, "queries": 1, "points": 1, "channels": 1, "shapes": ((1, 1),)},
     {"batch": 1, "heads": 8, "queries": 100, "points": 4, "channels": 32, "shapes": ((8, 8), (4, 4), (2, 2))},
+    {"batch": 1, "queries": 700, "channels": 100, "shapes": ((64, 65), (9, 8))},
     {"shapes": ((1, 2),) * 9, "points": 9},
     {"shapes": ((0, 3), (2, 2), (4, 0))},
     {"shapes": ((0, 0),)},
