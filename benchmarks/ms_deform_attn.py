@@ -179,7 +179,7 @@ class Peer:
     """A way to compute the attention; ``load`` raises ImportError where it can't run."""
 
     load: Callable[[str], Attention]
-    half: bool
+    half: bool  # also bfloat16 and float16
 
 
 PEERS = {
@@ -291,16 +291,16 @@ def _forward_and_backward(attention: Attention, inputs: Inputs) -> tuple[Tensor,
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 5e-3}
 
 
-def _check(run: Run, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def _check(run: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
     """Gradients of locations jump where a sample crosses a cell's border: of them 1 in 10,000 may differ."""
     names = ("output", "gradient of value", "gradient of sampling_offsets", "gradient of attention_logits")
     for name, ours, theirs in zip(names, expected, found, strict=True):
         difference = (theirs.float() - ours.float()).abs()
-        allowed = TOLERANCES[run.dtype] * max(1.0, ours.abs().max().item())
+        allowed = tolerance * max(1.0, ours.abs().max().item())
         wrong = (~(difference <= allowed)).sum().item()  # NaN is wrong, too
         if wrong > (1e-4 * ours.numel() if "offsets" in name else 0):
             raise RuntimeError(
-                f"{run.name}: {name} differs from ours in {wrong} of {ours.numel()} places by more than {allowed:.2g}, "
+                f"{run}: {name} differs from ours in {wrong} of {ours.numel()} places by more than {allowed:.2g}, "
                 f"at most by {difference.max().item():.2g}"
             )
 
@@ -331,7 +331,8 @@ def _measure(side: int, locations: str, runs: Sequence[Run], args: argparse.Name
     torch.set_num_threads(max(args.threads))
     expected = _forward_and_backward(runs[0].attention, inputs[runs[0].dtype])
     for run in runs[1:]:
-        _check(run, _forward_and_backward(run.attention, inputs[run.dtype]), expected)
+        tolerance = max(TOLERANCES[run.dtype], TOLERANCES[runs[0].dtype])
+        _check(run.name, _forward_and_backward(run.attention, inputs[run.dtype]), expected, tolerance)
     del expected
 
     time_of = _time_on_gpu if args.device == "cuda" else functools.partial(_time_on_cpu, 0.01 if args.quick else 0.05)
@@ -344,7 +345,7 @@ def _measure(side: int, locations: str, runs: Sequence[Run], args: argparse.Name
                     spent = time_of(functools.partial(compute, run.attention, inputs[run.dtype]))
                     seconds[run.name].append(spent)
             counted = [run for run in runs if args.device == "cuda" and PEERS[run.peer].half]
-            limits = {run.name: limit(inputs[run.dtype], passes) for run in counted}
+            limits = {run.name: _limit(inputs[run.dtype], passes) for run in counted}
             case = Case(side, given.sampling_offsets.shape[1], locations, threads, passes, seconds, limits)
             medians = [f"{name} {1000 * statistics.median(spent):.2f}" for name, spent in seconds.items()]
             label = f"{side} x {side}, {locations}, {_count(threads)}, {passes}"
@@ -386,7 +387,7 @@ def _time_on_gpu(call: Callable[[], object]) -> float:
 DRAM, L2, L1 = 3.35e12, 9.7e12, 29.7e12
 
 
-def limit(inputs: Inputs, passes: str) -> float:
+def _limit(inputs: Inputs, passes: str) -> float:
     """Seconds that an H100 needs at least, by counting bytes.
 
     Forward: tensors from and to the main memory once, or the four corners of all samples from L1. Backward: tensors

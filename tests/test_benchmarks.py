@@ -73,6 +73,15 @@ def test_memory_is_measured_in_another_process(benchmark: ModuleType, tmp_path: 
 
 
 @needs_kernels
+def test_half_precision_alone(benchmark: ModuleType) -> None:
+    """Others compute in float32 still, and differ from ours by what half precision rounds."""
+    args = benchmark._parse([*TINY, "--dtypes", "float16", "--peers", "grid_sample"])
+    runs, _ = benchmark._runs(args)
+    cases = list(benchmark._measure(32, "grid", runs, args))
+    assert [list(case.seconds) for case in cases] == [["ours float16", "grid_sample float32"]] * 4
+
+
+@needs_kernels
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_another_result_is_an_error(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     change(benchmark, monkeypatch, lambda output: output * factor)
@@ -133,6 +142,6 @@ def test_a_peer_that_was_asked_for_must_run(benchmark: ModuleType) -> None:
 def test_limits_of_an_h100(benchmark: ModuleType, dtype: torch.dtype, forward: float, backward: float) -> None:
     """21,504 queries, 8 heads of 32 channels, 3 levels of 4 points: corners from L1, added to at L2's speed."""
     inputs = benchmark._make_inputs(1024, "grid", benchmark._parse([])).in_dtype(dtype)
-    least = benchmark.limit(inputs, "forward")
+    least = benchmark._limit(inputs, "forward")
     assert least == pytest.approx(forward, rel=0.02)
-    assert benchmark.limit(inputs, "forward + backward") - least == pytest.approx(backward, rel=0.02)
+    assert benchmark._limit(inputs, "forward + backward") - least == pytest.approx(backward, rel=0.02)
