@@ -4,7 +4,7 @@
 
 // Vectors of four float64 are wider than a register here, and passed to functions as older compilers did not: nobody
 // passes them, because those functions are inlined.
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 

@@ -52,6 +52,8 @@ std::unique_ptr<CpuArguments> make_arguments(const Tensor& value, at::IntArrayRe
   arguments->describe(problem);
   problem.value_type = arguments->value_type;
   problem.positions = value.size(1);
+  // Kernels count them in 32 bits, with room for a row of a level more.
+  TORCH_CHECK(problem.positions <= (1 << 30), "value must have at most 2^30 positions, but has ", problem.positions);
   problem.spatial_shapes = arguments->spatial_shapes.data();
   return arguments;
 }
@@ -71,10 +73,16 @@ class Memory {
   std::vector<char> bytes_;
 };
 
-class Workspace : public Memory {
- public:
-  explicit Workspace(const Problem& problem) : Memory(kernels().workspace_size(problem)) {}
-};
+// Calls function(first, last, workspace) for parts of `count` pieces of work, on all threads.
+template <typename Function>
+void in_parallel(const Problem& problem, int64_t count, int64_t fewest, Function function) {
+  at::parallel_for(0, count, fewest, [&](int64_t first, int64_t last) {
+    Memory workspace(kernels().workspace_size(problem));
+    function(first, last, workspace.get());
+  });
+}
+
+constexpr int64_t FEWEST_ROWS = 16;  // of (B*Q) for one thread
 
 Tensor forward(const Tensor& value, at::IntArrayRef spatial_shapes, const Tensor& reference_points,
                const Tensor& sampling, const Tensor& attention) {
@@ -83,18 +91,18 @@ Tensor forward(const Tensor& value, at::IntArrayRef spatial_shapes, const Tensor
   Tensor output = at::empty({problem.batch, problem.queries, problem.heads * problem.channels},
                             value.options().memory_format(c10::nullopt));
   void* data = output.mutable_data_ptr();
-  at::parallel_for(0, problem.batch * problem.queries, 16, [&](int64_t first, int64_t last) {
-    Workspace workspace(problem);
-    kernels().forward(problem, data, first, last, workspace.get());
+  in_parallel(problem, problem.batch * problem.queries, FEWEST_ROWS, [&](int64_t first, int64_t last, void* workspace) {
+    kernels().forward(problem, data, first, last, workspace);
   });
   return output;
 }
 
-// Memory of one strip of a head's grad_value: it should stay in the second cache.
+// Memory for the sums of one strip, of any size that the second cache holds most of.
 constexpr int64_t STRIP_BYTES = 1 << 20;
 
-// Each thread owns strips of heads of grad_value and goes over the queries in order: a cell's sum has the same order of
-// additions for any number of threads.
+// The gradient of value is summed up strip after strip, each by one thread that goes over the queries in order: a
+// cell's sum has the same order of additions for any number of threads. Summing in a thread's own memory, in float32
+// where value is of a half type, means that nothing of the size of value is needed but the gradient itself.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value,
                                             at::IntArrayRef spatial_shapes, const Tensor& reference_points,
                                             const Tensor& sampling, const Tensor& attention) {
@@ -110,30 +118,27 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
                             grad_attention.mutable_data_ptr()};
 
   const int64_t rows = problem.batch * problem.queries, heads = problem.batch * problem.heads;
-  at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
-    Workspace workspace(problem);
-    kernels().place_samples(problem, gradients, first, last, workspace.get());
+  in_parallel(problem, rows, FEWEST_ROWS, [&](int64_t first, int64_t last, void* workspace) {
+    kernels().place_samples(problem, gradients, first, last, workspace);
   });
 
-  const int64_t row_bytes = problem.channels * int64_t(problem.value_type == Type::float64 ? 8 : 4);
-  const int64_t longest = std::max<int64_t>(1, STRIP_BYTES / std::max<int64_t>(1, row_bytes));
+  const int64_t cell_bytes = problem.channels * int64_t(problem.value_type == Type::float64 ? 8 : 4);
+  const int64_t longest = std::max<int64_t>(1, STRIP_BYTES / std::max<int64_t>(1, cell_bytes));
   const int64_t threads_a_head = divide_up(at::get_num_threads(), std::max<int64_t>(1, heads));
   const int64_t strips = std::max(divide_up(problem.positions, longest), threads_a_head);
   const int64_t length = divide_up(problem.positions, strips);
-  at::parallel_for(0, heads * strips, 1, [&](int64_t first, int64_t last) {
-    Workspace workspace(problem);
-    Memory sums(length * row_bytes);
+  in_parallel(problem, heads * strips, 1, [&](int64_t first, int64_t last, void* workspace) {
+    Memory sums(length * cell_bytes);
     for (int64_t i = first; i < last; ++i) {
       const int64_t head = i / strips, begin = std::min(problem.positions, i % strips * length);
-      const Strip strip{head / problem.heads, head % problem.heads, begin,
-                        std::min(problem.positions, begin + length), sums.get()};
-      kernels().value_backward(problem, gradients, strip, workspace.get());
+      const int64_t end = std::min(problem.positions, begin + length);
+      const Strip strip{head / problem.heads, head % problem.heads, begin, end, sums.get()};
+      kernels().value_backward(problem, gradients, strip, workspace);
     }
   });
 
-  at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
-    Workspace workspace(problem);
-    kernels().sampling_backward(problem, gradients, first, last, workspace.get());
+  in_parallel(problem, rows, FEWEST_ROWS, [&](int64_t first, int64_t last, void* workspace) {
+    kernels().sampling_backward(problem, gradients, first, last, workspace);
   });
   return {grad_value, grad_sampling.to(sampling.scalar_type()), grad_attention.to(attention.scalar_type())};
 }
