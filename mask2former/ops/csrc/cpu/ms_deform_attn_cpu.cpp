@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -39,24 +38,19 @@ const Kernels& kernels() {
 
 // The arguments, and the problem that points into them.
 struct CpuArguments : Arguments {
-  using Arguments::Arguments;
-  Problem problem;
-};
+  CpuArguments(const Tensor& value, at::IntArrayRef spatial_shapes, const Tensor& reference_points,
+               const Tensor& sampling, const Tensor& attention)
+      : Arguments(value, spatial_shapes, reference_points, sampling, attention) {
+    describe(problem);
+    problem.value_type = value_type;
+    problem.positions = value.size(1);
+    // Kernels count them in 32 bits, with room for a row of a level more.
+    TORCH_CHECK(problem.positions <= (1 << 30), "value must have at most 2^30 positions, but has ", problem.positions);
+    problem.spatial_shapes = this->spatial_shapes.data();
+  }
 
-std::unique_ptr<CpuArguments> make_arguments(const Tensor& value, at::IntArrayRef spatial_shapes,
-                                             const Tensor& reference_points, const Tensor& sampling,
-                                             const Tensor& attention) {
-  auto arguments =
-      std::make_unique<CpuArguments>(value, spatial_shapes, reference_points, sampling, attention);
-  Problem& problem = arguments->problem;
-  arguments->describe(problem);
-  problem.value_type = arguments->value_type;
-  problem.positions = value.size(1);
-  // Kernels count them in 32 bits, with room for a row of a level more.
-  TORCH_CHECK(problem.positions <= (1 << 30), "value must have at most 2^30 positions, but has ", problem.positions);
-  problem.spatial_shapes = arguments->spatial_shapes.data();
-  return arguments;
-}
+  Problem problem = {};
+};
 
 int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
@@ -86,8 +80,8 @@ constexpr int64_t FEWEST_ROWS = 16;  // of (B*Q) for one thread
 
 Tensor forward(const Tensor& value, at::IntArrayRef spatial_shapes, const Tensor& reference_points,
                const Tensor& sampling, const Tensor& attention) {
-  const auto arguments = make_arguments(value, spatial_shapes, reference_points, sampling, attention);
-  const Problem& problem = arguments->problem;
+  const CpuArguments arguments(value, spatial_shapes, reference_points, sampling, attention);
+  const Problem& problem = arguments.problem;
   Tensor output = at::empty({problem.batch, problem.queries, problem.heads * problem.channels},
                             value.options().memory_format(c10::nullopt));
   void* data = output.mutable_data_ptr();
@@ -106,11 +100,11 @@ constexpr int64_t STRIP_BYTES = 1 << 20;
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value,
                                             at::IntArrayRef spatial_shapes, const Tensor& reference_points,
                                             const Tensor& sampling, const Tensor& attention) {
-  const auto arguments = make_arguments(value, spatial_shapes, reference_points, sampling, attention);
-  const Problem& problem = arguments->problem;
-  const Tensor grad = arguments->checked(grad_output);
+  const CpuArguments arguments(value, spatial_shapes, reference_points, sampling, attention);
+  const Problem& problem = arguments.problem;
+  const Tensor grad = arguments.checked(grad_output);
   const auto options = value.options().memory_format(c10::nullopt);
-  const auto sampling_options = options.dtype(arguments->computing_type);
+  const auto sampling_options = options.dtype(arguments.computing_type);
   Tensor grad_value = at::empty(value.sizes(), options);
   Tensor grad_sampling = at::empty(sampling.sizes(), sampling_options);
   Tensor grad_attention = at::empty(attention.sizes(), sampling_options);
