@@ -113,6 +113,8 @@ struct Arguments {
 
  private:
   void check_shapes(int64_t levels, int64_t positions) const {
+    // Kernels count them in 32 bits, with room for a row of a level more.
+    TORCH_CHECK(positions < (1 << 30), "value must have fewer than 2^30 positions, but has ", positions);
     const at::IntArrayRef shapes(spatial_shapes);
     TORCH_CHECK(static_cast<int64_t>(shapes.size()) == 2 * levels, "spatial_shapes must be height and width of ",
                 levels, " levels, but are ", shapes);

@@ -44,8 +44,6 @@ struct CpuArguments : Arguments {
     describe(problem);
     problem.value_type = value_type;
     problem.positions = value.size(1);
-    // Kernels count them in 32 bits, with room for a row of a level more.
-    TORCH_CHECK(problem.positions <= (1 << 30), "value must have at most 2^30 positions, but has ", problem.positions);
     problem.spatial_shapes = this->spatial_shapes.data();
   }
 

@@ -34,10 +34,8 @@ struct CudaArguments : Arguments {
   CudaArguments(const Tensor& value, at::IntArrayRef spatial_shapes, const Tensor& reference_points,
                 const Tensor& sampling, const Tensor& attention)
       : Arguments(value, spatial_shapes, reference_points, sampling, attention), positions(value.size(1)) {
-    // Kernels count the positions of a picture, with those beside its maps, and the samples of an item in 32 bits.
-    TORCH_CHECK(positions < (1 << 30) && sampling.size(3) * sampling.size(4) < (1 << 27),
-                "S must be below 2^30 and L*P below 2^27, but value has shape ", value.sizes(), " and the samples ",
-                sampling.sizes());
+    const int64_t samples = sampling.size(3) * sampling.size(4);  // of an item, counted in 32 bits
+    TORCH_CHECK(samples < (1 << 27), "L*P must be below 2^27, but is ", samples);
     describe(problem);
     set_levels();
   }
