@@ -13,9 +13,8 @@ namespace {
 
 #include "numbers.inc.h"
 
-// Queries whose corners are found before any is read. Then one head of all of them is summed up after the other:
-// neighbouring queries mostly read the same cells, and those of one head stay in the first cache.
-constexpr int64_t BLOCK = 4;
+// The gradient of value finds corners of at least as many samples at a time.
+constexpr int64_t FEWEST_SAMPLES = 384;
 
 // How many queries ahead the gradient of value asks for what it reads: a head's share of one query lies too far from
 // that of the next for the CPU to guess.
@@ -24,7 +23,7 @@ constexpr int64_t QUERIES_AHEAD = 16;
 constexpr size_t ALIGNMENT = 64;
 
 struct Arena {
-  char* next;
+  uint64_t next;  // address
   template <typename T>
   T* take(int64_t count) {
     T* taken = reinterpret_cast<T*>(next);
@@ -67,7 +66,7 @@ struct Samples {
   Integer<T>* any_corner;  // -1 where a sample has a corner to go to, else 0
   // Corners: top left, top right, bottom left, bottom right. See `corner_index` for the order in memory.
   T* corner_weight;   // attention weight times bilinear weight
-  uint64_t* address;
+  uint64_t* address;  // one head longer: there is always a next head to ask for
   T* no_row;  // (D) zeros to read where a corner doesn't exist, or a place for its gradient
 };
 
@@ -78,17 +77,13 @@ MASK2FORMER_INLINE int64_t corner_index(int64_t sample) {
   return sample + 3 * (sample & ~(WIDTH - 1));
 }
 
-int64_t capacity_of(const Problem& problem) { return BLOCK * padded(problem.heads * samples_of_head(problem)); }
-
-size_t workspace_size(const Problem& problem) {
-  const size_t numbers = 15 + 3 * 4, head = 4;
-  return size_t(capacity_of(problem)) * numbers * 8 + size_t(samples_of_head(problem)) * head * 8 +
-         size_t(problem.channels) * 8 + 24 * ALIGNMENT;
+int64_t capacity_of(const Problem& problem) {
+  const int64_t samples = problem.heads * samples_of_head(problem);
+  return padded(samples > FEWEST_SAMPLES ? samples : FEWEST_SAMPLES);
 }
 
 template <typename T>
-Samples<T> make_samples(const Problem& problem, void* workspace) {
-  Arena arena{static_cast<char*>(workspace)};
+Samples<T> make_samples(const Problem& problem, Arena& arena) {
   const int64_t capacity = capacity_of(problem), pairs = 2 * samples_of_head(problem);
   Samples<T> samples;
   samples.width = arena.take<T>(capacity);
@@ -109,9 +104,21 @@ Samples<T> make_samples(const Problem& problem, void* workspace) {
   samples.found = arena.take<int64_t>(capacity);
   samples.any_corner = arena.take<Integer<T>>(capacity);
   samples.corner_weight = arena.take<T>(4 * capacity);
-  samples.address = arena.take<uint64_t>(4 * capacity);
+  samples.address = arena.take<uint64_t>(4 * padded(capacity + samples_of_head(problem)));
   samples.no_row = arena.take<T>(problem.channels);
   return samples;
+}
+
+template <typename T>
+Samples<T> make_samples(const Problem& problem, void* workspace) {
+  Arena arena{reinterpret_cast<uint64_t>(workspace)};
+  return make_samples<T>(problem, arena);
+}
+
+size_t workspace_size(const Problem& problem) {
+  Arena arena{0};
+  make_samples<double>(problem, arena);  // no type takes more
+  return size_t(arena.next);
 }
 
 // Fills in what is the same for all queries: for the levels [first, last) of `repeats` heads or queries. A cell is
@@ -273,20 +280,18 @@ struct Rows {
   int64_t first, last;
 };
 
-// From x, y and weight to corner_weight, address, any_corner and fractions of samples [begin, begin + count). `begin`
-// is a multiple of the vector's width, and the levels of the first sample are those of sample `levels_from`.
+// From x, y and weight to corner_weight, address, any_corner and fractions of the first `count` samples.
 template <typename T>
-void find_corners(const Samples<T>& samples, const Rows& rows, int64_t begin, int64_t count) {
+void find_corners(const Samples<T>& samples, const Rows& rows, int64_t count) {
   constexpr int WIDTH = width_of<T>(), PARTS = ADDRESS_PARTS<T>;
   // Addresses count from `no_row`, so that a mask makes them zero for corners that aren't there.
   const uint64_t no_row = reinterpret_cast<uint64_t>(samples.no_row);
   const uint64_t origin = rows.memory - uint64_t(rows.first * rows.stride) - no_row;
   const uint64_t stride = uint64_t(rows.stride);
   const Integer<T> first = Integer<T>(rows.first), last = Integer<T>(rows.last);
-  for (int64_t level_of = 0; level_of < count; level_of += WIDTH) {
-    const int64_t n = begin + level_of;
-    const Axis<T> column = axis_of<T>(load<Vector<T>>(samples.x + n), load<Vector<T>>(samples.width + level_of));
-    const Axis<T> row = axis_of<T>(load<Vector<T>>(samples.y + n), load<Vector<T>>(samples.height + level_of));
+  for (int64_t n = 0; n < count; n += WIDTH) {
+    const Axis<T> column = axis_of<T>(load<Vector<T>>(samples.x + n), load<Vector<T>>(samples.width + n));
+    const Axis<T> row = axis_of<T>(load<Vector<T>>(samples.y + n), load<Vector<T>>(samples.height + n));
     store(samples.fraction_x + n, column.fraction);
     store(samples.fraction_y + n, row.fraction);
 
@@ -299,15 +304,15 @@ void find_corners(const Samples<T>& samples, const Rows& rows, int64_t begin, in
     store(corner_weight + 2 * WIDTH, left * row.fraction);
     store(corner_weight + 3 * WIDTH, right * row.fraction);
 
-    const Integers<T> columns = load<Integers<T>>(samples.columns + level_of);
-    const Integers<T> top_left = load<Integers<T>>(samples.start + level_of) + row.low * columns + column.low;
+    const Integers<T> columns = load<Integers<T>>(samples.columns + n);
+    const Integers<T> top_left = load<Integers<T>>(samples.start + n) + row.low * columns + column.low;
     const Integers<T> position[4] = {top_left, top_left + 1, top_left + columns, top_left + columns + 1};
     const Integers<T> inside[4] = {row.low_inside & column.low_inside, row.low_inside & column.high_inside,
                                    row.high_inside & column.low_inside, row.high_inside & column.high_inside};
     Addresses base[PARTS], next_row[PARTS];
     widen(top_left, base);
     for (int part = 0; part < PARTS; ++part) {
-      const int64_t from = level_of + part * (WIDTH / PARTS);
+      const int64_t from = n + part * (WIDTH / PARTS);
       base[part] = base[part] * stride + (load<Addresses>(samples.head_bytes + from) + origin);
       next_row[part] = load<Addresses>(samples.row_bytes + from);
     }
@@ -351,17 +356,18 @@ MASK2FORMER_INLINE void prefetch_channels(const V* row) {
 }
 
 // One head's output: the weighted sum of corners. Left and right corners have sums of their own, because one sum would
-// wait for its own additions. What is read next, for the samples from `next`, is on its way meanwhile.
+// wait for its own additions. What the next head reads is on its way meanwhile (behind the last head's samples
+// is nothing that matters).
 template <typename V, int VECTORS>
 MASK2FORMER_INLINE void sum_corners(const Samples<typename Sum<V>::type>& samples, int64_t first, int64_t last,
-                                    int64_t next, int64_t channel, V* output) {
+                                    int64_t channel, V* output) {
   using T = typename Sum<V>::type;
   constexpr int PARTS = Channels<V, VECTORS>::PARTS, WIDTH = width_of<T>();
   Channels<V, VECTORS> left, right;
   for (int i = 0; i < PARTS; ++i) left.part[i] = right.part[i] = typename Channels<V, VECTORS>::Part{};
   for (int64_t n = first; n < last; ++n) {
     const uint64_t* address = samples.address + corner_index<T>(n);
-    const uint64_t* next_address = samples.address + corner_index<T>(next + n - first);
+    const uint64_t* next_address = samples.address + corner_index<T>(n + last - first);
     const T* weight = samples.corner_weight + corner_index<T>(n);
 #pragma GCC unroll 2
     for (int row = 0; row < 4 * WIDTH; row += 2 * WIDTH) {
@@ -380,13 +386,13 @@ MASK2FORMER_INLINE void sum_corners(const Samples<typename Sum<V>::type>& sample
   store_channels<V, VECTORS>(left, output + channel);
 }
 
-// Finds the corners of row `row` of (B*Q) as number `place` of a block.
+// Finds the corners of a query's samples from their coordinates in cells, in picture `b`.
 template <typename V>
-void find_corners_of_row(const Problem& problem, const Samples<typename Sum<V>::type>& samples, int64_t row,
-                         int64_t place, const typename Sum<V>::type* coordinates) {
-  const int64_t count = problem.heads * samples_of_head(problem), begin = place * padded(count);
-  split_pairs(coordinates, count, samples.x + begin, samples.y + begin);
-  find_corners(samples, rows_of_value<V>(problem, row / problem.queries), begin, count);
+void find_corners_of_query(const Problem& problem, const Samples<typename Sum<V>::type>& samples, int64_t b,
+                           const typename Sum<V>::type* coordinates) {
+  const int64_t count = problem.heads * samples_of_head(problem);
+  split_pairs(coordinates, count, samples.x, samples.y);
+  find_corners(samples, rows_of_value<V>(problem, b), count);
 }
 
 template <typename V>
@@ -404,24 +410,17 @@ template <typename V>
 void forward_of(const Problem& problem, void* output, int64_t first, int64_t last, void* workspace) {
   using T = typename Sum<V>::type;
   const Samples<T> samples = samples_of_value<V>(problem, workspace);
-  const int64_t count = samples_of_head(problem), all = padded(problem.heads * count);
-  for (int64_t begin = first; begin < last; begin += BLOCK) {
-    const int64_t rows = last - begin < BLOCK ? last - begin : BLOCK;
-    for (int64_t k = 0; k < rows; ++k) {
-      const int64_t b = (begin + k) / problem.queries, q = (begin + k) % problem.queries;
-      find_coordinates(problem, b, q, samples, samples.coordinates);
-      find_weights(problem, b, q, samples.weight + k * all);
-      find_corners_of_row<V>(problem, samples, begin + k, k, samples.coordinates);
-    }
-    for (int64_t m = 0; m < problem.heads; ++m) {
-      for (int64_t k = 0; k < rows; ++k) {
-        V* head = static_cast<V*>(output) + ((begin + k) * problem.heads + m) * problem.channels;
-        const int64_t sample = k * all + m * count;
-        const int64_t next = k + 1 < rows ? sample + all : m + 1 < problem.heads ? (m + 1) * count : sample;
-        for_channels<V>(problem.channels, [&](auto vectors, int64_t channel) {
-          sum_corners<V, decltype(vectors)::COUNT>(samples, sample, sample + count, next, channel, head);
-        });
-      }
+  const int64_t count = samples_of_head(problem);
+  V* head = static_cast<V*>(output) + first * problem.heads * problem.channels;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t b = row / problem.queries, q = row % problem.queries;
+    find_coordinates(problem, b, q, samples, samples.coordinates);
+    find_weights(problem, b, q, samples.weight);
+    find_corners_of_query<V>(problem, samples, b, samples.coordinates);
+    for (int64_t m = 0; m < problem.heads; ++m, head += problem.channels) {
+      for_channels<V>(problem.channels, [&](auto vectors, int64_t channel) {
+        sum_corners<V, decltype(vectors)::COUNT>(samples, m * count, (m + 1) * count, channel, head);
+      });
     }
   }
 }
@@ -440,17 +439,16 @@ void place_samples_of(const Problem& problem, const Gradients& gradients, int64_
   }
 }
 
-// For samples [first, last) of one head: the products of grad_output with each corner's value, added to `dot`. `next`
-// is as in sum_corners.
+// For samples [first, last) of one head: the products of grad_output with each corner's value, added to `dot`.
 template <typename V, int VECTORS>
 MASK2FORMER_INLINE void multiply_corners(const Samples<typename Sum<V>::type>& samples, int64_t first, int64_t last,
-                                         int64_t next, int64_t channel, const V* grad_output) {
+                                         int64_t channel, const V* grad_output) {
   using T = typename Sum<V>::type;
   using Part = typename Channels<V, VECTORS>::Part;
   const auto grad = load_channels<V, VECTORS>(grad_output + channel);
   for (int64_t n = first; n < last; ++n) {
     const uint64_t* address = samples.address + corner_index<T>(n);
-    const uint64_t* next_address = samples.address + corner_index<T>(next + n - first);
+    const uint64_t* next_address = samples.address + corner_index<T>(n + last - first);
     Part dot[4];
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
@@ -468,13 +466,13 @@ MASK2FORMER_INLINE void multiply_corners(const Samples<typename Sum<V>::type>& s
 
 // From the dots and fractions of a query's samples to their gradients, in place of coordinates and weights.
 template <typename T>
-void finish_gradients(const Problem& problem, const Samples<T>& samples, int64_t begin, T* __restrict sampling,
+void finish_gradients(const Problem& problem, const Samples<T>& samples, T* __restrict sampling,
                       T* __restrict attention) {
   const int64_t count = samples_of_head(problem), all = problem.heads * count;
-  const T* __restrict dots = samples.dot + 4 * begin;
-  const T* __restrict fraction_x = samples.fraction_x + begin;
-  const T* __restrict fraction_y = samples.fraction_y + begin;
-  T* __restrict grad_weight = samples.x + begin;
+  const T* __restrict dots = samples.dot;
+  const T* __restrict fraction_x = samples.fraction_x;
+  const T* __restrict fraction_y = samples.fraction_y;
+  T* __restrict grad_weight = samples.x;  // which nobody needs any more
   for (int64_t n = 0; n < all; ++n) {
     const T* dot = dots + 4 * n;
     const T slope_top = dot[1] - dot[0], slope_bottom = dot[3] - dot[2];
@@ -505,25 +503,17 @@ void sampling_backward_of(const Problem& problem, const Gradients& gradients, in
   using T = typename Sum<V>::type;
   const Samples<T> samples = samples_of_value<V>(problem, workspace);
   const int64_t count = samples_of_head(problem), all = problem.heads * count;
-  T* sampling = static_cast<T*>(gradients.sampling);
-  T* attention = static_cast<T*>(gradients.attention);
-  for (int64_t begin = first; begin < last; begin += BLOCK) {
-    const int64_t rows = last - begin < BLOCK ? last - begin : BLOCK;
-    for (int64_t k = 0; k < rows; ++k) {
-      find_corners_of_row<V>(problem, samples, begin + k, k, sampling + (begin + k) * all * 2);
+  const V* head = static_cast<const V*>(gradients.output) + first * problem.heads * problem.channels;
+  for (int64_t row = first; row < last; ++row) {
+    T* sampling = static_cast<T*>(gradients.sampling) + row * all * 2;
+    T* attention = static_cast<T*>(gradients.attention) + row * all;
+    find_corners_of_query<V>(problem, samples, row / problem.queries, sampling);
+    for (int64_t m = 0; m < problem.heads; ++m, head += problem.channels) {
+      for_channels<V>(problem.channels, [&](auto vectors, int64_t channel) {
+        multiply_corners<V, decltype(vectors)::COUNT>(samples, m * count, (m + 1) * count, channel, head);
+      });
     }
-    for (int64_t m = 0; m < problem.heads; ++m) {
-      for (int64_t k = 0; k < rows; ++k) {
-        const V* head = static_cast<const V*>(gradients.output) + ((begin + k) * problem.heads + m) * problem.channels;
-        const int64_t sample = k * padded(all) + m * count;
-        const int64_t next = k + 1 < rows ? sample + padded(all) : m + 1 < problem.heads ? (m + 1) * count : sample;
-        for_channels<V>(problem.channels, [&](auto vectors, int64_t channel) {
-          multiply_corners<V, decltype(vectors)::COUNT>(samples, sample, sample + count, next, channel, head);
-        });
-      }
-    }
-    for (int64_t k = 0; k < rows; ++k)
-      finish_gradients(problem, samples, k * padded(all), sampling + (begin + k) * all * 2, attention + (begin + k) * all);
+    finish_gradients(problem, samples, sampling, attention);
   }
 }
 
@@ -608,7 +598,7 @@ void sum_up_strip(const Problem& problem, const Gradients& gradients, const Stri
     const int64_t queries = problem.queries - begin < block ? problem.queries - begin : block;
     const int64_t first_row = (strip.batch * problem.queries + begin) * problem.heads + strip.head;
     take_samples(problem, gradients, first_row, queries, levels, samples);
-    find_corners(samples, rows, 0, queries * here);
+    find_corners(samples, rows, queries * here);
     for (int64_t k = 0; k < queries; ++k) {
       const int64_t found = list_found(samples, k * here, (k + 1) * here);
       const V* grad = static_cast<const V*>(gradients.output) + (first_row + k * problem.heads) * channels;

@@ -98,7 +98,8 @@ typedef uint64_t Addresses __attribute__((vector_size(MASK2FORMER_VECTOR_BYTES))
 #if defined(__clang__) || __GNUC__ >= 12
 #define MASK2FORMER_SHUFFLE(T, a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
-#define MASK2FORMER_SHUFFLE(T, a, b, i, j, k, l) __builtin_shuffle(a, b, typename VectorOf<T>::quad_integers{i, j, k, l})
+#define MASK2FORMER_SHUFFLE(T, a, b, i, j, k, l) \
+  __builtin_shuffle(a, b, typename VectorOf<T>::quad_integers{i, j, k, l})
 #endif
 
 template <typename T>
