@@ -522,6 +522,7 @@ template <typename V, int VECTORS>
 MASK2FORMER_INLINE void spread_to_corners(const Samples<typename Sum<V>::type>& samples, int64_t found,
                                           int64_t channel, const V* grad_output) {
   using T = typename Sum<V>::type;
+  using Part = typename Channels<V, VECTORS>::Part;
   const auto grad = load_channels<V, VECTORS>(grad_output + channel);
   for (int64_t i = 0; i < found; ++i) {
     const uint64_t* address = samples.address + corner_index<T>(samples.found[i]);
@@ -530,10 +531,11 @@ MASK2FORMER_INLINE void spread_to_corners(const Samples<typename Sum<V>::type>& 
     for (int corner = 0; corner < 4; ++corner) {
       const T weight_here = weight[corner * width_of<T>()];
       T* sums = reinterpret_cast<T*>(address[corner * width_of<T>()]) + channel;
-      auto sum = load_sums<V, VECTORS>(sums);
 #pragma GCC unroll 4
-      for (int i = 0; i < Channels<V, VECTORS>::PARTS; ++i) sum.part[i] += weight_here * grad.part[i];
-      store_sums<V, VECTORS>(sum, sums);
+      for (int i = 0; i < Channels<V, VECTORS>::PARTS; ++i) {
+        T* part = sums + i * int64_t(sizeof(Part) / sizeof(T));
+        store(part, load<Part>(part) + weight_here * grad.part[i]);
+      }
     }
   }
 }

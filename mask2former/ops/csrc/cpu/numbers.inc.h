@@ -252,10 +252,6 @@ MASK2FORMER_INLINE Channels<V, VECTORS> load_sums(const typename Sum<V>::type* f
   for (int i = 0; i < to.PARTS; ++i) to.part[i] = load<Part>(from + i * int64_t(sizeof(Part) / sizeof(*from)));
   return to;
 }
-template <typename V, int VECTORS>
-MASK2FORMER_INLINE void store_sums(const Channels<V, VECTORS>& from, typename Sum<V>::type* to) {
-  for (int i = 0; i < from.PARTS; ++i) store(to + i * int64_t(sizeof(from.part[i]) / sizeof(*to)), from.part[i]);
-}
 
 // Rounded as `from_sum` does, in the upper half of each number.
 MASK2FORMER_INLINE Bits32 rounded_to_bfloat16(Vector<float> x) {
