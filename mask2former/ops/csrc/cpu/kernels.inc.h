@@ -280,8 +280,9 @@ struct Rows {
   int64_t first, last;
 };
 
-// From x, y and weight to corner_weight, address, any_corner and fractions of the first `count` samples.
-template <typename T>
+// From x, y and weight to corner_weight, address and fractions of the first `count` samples. Where rows are a STRIP,
+// corners outside of it don't count, and any_corner is found too.
+template <bool STRIP, typename T>
 void find_corners(const Samples<T>& samples, const Rows& rows, int64_t count) {
   constexpr int WIDTH = width_of<T>(), PARTS = ADDRESS_PARTS<T>;
   // Addresses count from `no_row`, so that a mask makes them zero for corners that aren't there.
@@ -319,7 +320,8 @@ void find_corners(const Samples<T>& samples, const Rows& rows, int64_t count) {
     Integers<T> any{};
     uint64_t* address = samples.address + 4 * n;
     for (int corner = 0; corner < 4; ++corner) {
-      const Integers<T> usable = inside[corner] & (position[corner] >= first) & (position[corner] < last);
+      Integers<T> usable = inside[corner];
+      if constexpr (STRIP) usable &= (position[corner] >= first) & (position[corner] < last);
       any |= usable;
       Addresses mask[PARTS];
       widen(usable, mask);
@@ -330,7 +332,7 @@ void find_corners(const Samples<T>& samples, const Rows& rows, int64_t count) {
         store(address + corner * WIDTH + part * (WIDTH / PARTS), (here & mask[part]) + no_row);
       }
     }
-    store(samples.any_corner + n, any);
+    if constexpr (STRIP) store(samples.any_corner + n, any);
   }
 }
 
@@ -392,7 +394,7 @@ void find_corners_of_query(const Problem& problem, const Samples<typename Sum<V>
                            const typename Sum<V>::type* coordinates) {
   const int64_t count = problem.heads * samples_of_head(problem);
   split_pairs(coordinates, count, samples.x, samples.y);
-  find_corners(samples, rows_of_value<V>(problem, b), count);
+  find_corners<false>(samples, rows_of_value<V>(problem, b), count);
 }
 
 template <typename V>
@@ -600,7 +602,7 @@ void sum_up_strip(const Problem& problem, const Gradients& gradients, const Stri
     const int64_t queries = problem.queries - begin < block ? problem.queries - begin : block;
     const int64_t first_row = (strip.batch * problem.queries + begin) * problem.heads + strip.head;
     take_samples(problem, gradients, first_row, queries, levels, samples);
-    find_corners(samples, rows, queries * here);
+    find_corners<true>(samples, rows, queries * here);
     for (int64_t k = 0; k < queries; ++k) {
       const int64_t found = list_found(samples, k * here, (k + 1) * here);
       const V* grad = static_cast<const V*>(gradients.output) + (first_row + k * problem.heads) * channels;
