@@ -40,7 +40,8 @@ lint: setup-dev ## Check formatting, rules and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: setup-dev ## Measure data loading beside the published way of it, on COCO in DETECTRON2_DATASETS
+bench: setup-dev ## Measure deformable attention and, on COCO in DETECTRON2_DATASETS, data loading beside other ways
+	$(PY) $(QUIET) benchmarks/ms_deform_attn.py
 	$(PY) $(QUIET) benchmarks/mappers.py
 
 train-nuclei: nuclei-given setup ## Train the model of the demo anew: make train-nuclei NUCLEI=<folder of the data set>

@@ -42,7 +42,7 @@ def slow_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tens
 def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each test runs with both."""
     if request.param == "plain PyTorch":
-        monkeypatch.setattr(functional, "_has_kernel", lambda device_type: False)
+        monkeypatch.setattr(functional, "_has_kernel", lambda device: False)
     elif "cpu" not in extension.KERNELS:
         pytest.skip(f"no CPU kernels: {extension.reason('cpu')}")
     return request.param

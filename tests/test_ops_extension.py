@@ -258,3 +258,32 @@ exec(compile(open("setup.py").read(), "setup.py", "exec"), {{"__file__": "setup.
     assert len(lines) == 1 and hidden in lines[0] and extension.BUILD_COMMAND in lines[0]
     package = tmp_path / "base" / "lib" / "mask2former" / "ops"
     assert (package / "csrc").is_dir() and not list(package.glob("_*.so")) and not list(package.glob("_*.json"))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "served"),
+    [
+        ("8.0 9.0", (8, 0), True),
+        ("8.0 9.0", (8, 6), True),  # machine code for a lower minor number
+        ("8.6", (8, 0), False),
+        ("8.0 9.0", (7, 5), False),
+        ("8.0;9.0a", (9, 0), True),
+        ("8.0;9.0", (10, 0), False),
+        ("8.0;9.0+PTX", (12, 0), True),
+        ("9.0+PTX", (8, 9), False),
+        ("Hopper", (7, 5), True),
+        ("those of the GPUs that were here", (9, 0), True),
+    ],
+)
+def test_which_gpus_a_library_serves(architectures: str, capability: tuple[int, int], served: bool) -> None:
+    assert extension.serves(architectures, capability) == served
+
+
+def test_a_gpu_that_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(build, "read_record", lambda device: {"architectures": "8.0 9.0"})
+    extension.gpu_reason.cache_clear()
+    try:
+        assert extension.gpu_reason(1).startswith("they were built for architectures 8.0 9.0, and GPU 1 is 7.5 (python")
+    finally:
+        extension.gpu_reason.cache_clear()

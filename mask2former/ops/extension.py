@@ -1,13 +1,15 @@
 """Loads the compiled kernels that fit this torch and these sources, and says why others were not loaded."""
 
+import functools
 import hashlib
+import re
 from pathlib import Path
 
 import torch
 
 from . import build
 
-__all__ = ["KERNELS", "reason"]
+__all__ = ["KERNELS", "gpu_reason", "reason"]
 
 BUILD_COMMAND = "python -m mask2former.ops --build"
 
@@ -82,3 +84,25 @@ KERNELS: frozenset[str] = load_all()
 def reason(device_type: str) -> str:
     """Why a device type has no kernels, empty where it has."""
     return _REASONS.get(device_type, f"there are none for {device_type}")
+
+
+@torch.compiler.assume_constant_result  # the compiler is not to look inside
+@functools.cache
+def gpu_reason(index: int) -> str:
+    """Why the CUDA kernels can't run on a GPU, empty where they can."""
+    architectures = str(build.read_record("cuda").get("architectures", ""))
+    capability = torch.cuda.get_device_capability(index)
+    if serves(architectures, capability):
+        return ""
+    here = ".".join(map(str, capability))
+    return f"they were built for architectures {architectures}, and GPU {index} is {here} ({BUILD_COMMAND})"
+
+
+def serves(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, as in TORCH_CUDA_ARCH_LIST, runs on a GPU of a (major, minor) capability.
+
+    Machine code runs on later GPUs of its major number, PTX on all later ones. Words without numbers are trusted.
+    """
+    numbers = re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures)
+    built = [((int(major), int(minor)), ptx) for major, minor, ptx in numbers]
+    return not built or any(arch <= capability and (bool(ptx) or arch[0] == capability[0]) for arch, ptx in built)

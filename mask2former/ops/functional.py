@@ -45,7 +45,7 @@ def ms_deform_attn(
     _check_shapes(
         value, spatial_shapes, "sampling_locations", sampling_locations, "attention_weights", attention_weights
     )
-    if _has_kernel(value.device.type):
+    if _has_kernel(value.device):
         sizes = list(itertools.chain.from_iterable(spatial_shapes))
         return registration.apply(value, sizes, sampling_locations, attention_weights)
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
@@ -78,16 +78,16 @@ def ms_deform_attn_fused(
     """
     _check_shapes(value, spatial_shapes, "sampling_offsets", sampling_offsets, "attention_logits", attention_logits)
     _check_reference_points(reference_points, sampling_offsets)
-    if _has_kernel(value.device.type):
+    if _has_kernel(value.device):
         sizes = list(itertools.chain.from_iterable(spatial_shapes))
         return registration.apply(value, sizes, reference_points, sampling_offsets, attention_logits)
     return ms_deform_attn_fused_reference(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
 
 
-def _has_kernel(device_type: str) -> bool:
-    if device_type not in extension.KERNELS:
+def _has_kernel(device: torch.device) -> bool:
+    if device.type not in extension.KERNELS or (device.type == "cuda" and extension.gpu_reason(device.index or 0)):
         if not torch.compiler.is_compiling():
-            _say_that_there_is_no_kernel(device_type)
+            _say_that_there_is_no_kernel(device)
         return False
     if torch.compiler.is_compiling():  # torch.func's transforms of operators can't be compiled
         return not registration.transforms_are_active()
@@ -95,11 +95,11 @@ def _has_kernel(device_type: str) -> bool:
 
 
 @functools.cache
-def _say_that_there_is_no_kernel(device_type: str) -> None:
+def _say_that_there_is_no_kernel(device: torch.device) -> None:
     logging.getLogger(__name__).warning(
         "Deformable attention runs in plain PyTorch on %s, which is slower than compiled kernels: %s",
-        device_type,
-        extension.reason(device_type),
+        device,
+        extension.reason(device.type) or extension.gpu_reason(device.index or 0),
     )
 
 
