@@ -50,5 +50,6 @@ def _join(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         run(args)
+        comm.synchronize()  # gloo can end a process whose peers leave while it works
     finally:
         torch.distributed.destroy_process_group()
