@@ -9,14 +9,18 @@ from detectron2.structures import Boxes
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-__all__ = ["CroppedMasks", "mask_boxes"]
+__all__ = ["CroppedMasks", "boxes_around", "mask_boxes"]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
     """Boxes (N, 4), int64 (x0, y0, x1, y1), ends exclusive, around masks (N, H, W); zeros for an empty mask."""
+    return boxes_around(masks.any(dim=2), masks.any(dim=1))
+
+
+def boxes_around(rows: Tensor, columns: Tensor) -> Tensor:
+    """Boxes as :func:`mask_boxes` makes them, of the rows (N, H) and columns (N, W) that hold something."""
     extents = []
-    for axis in (1, 2):  # rows taken together give the columns, and the other way round
-        occupied = masks.any(dim=axis)  # (N, W), then (N, H)
+    for occupied in (columns, rows):
         first = occupied.int().argmax(1)
         last = occupied.shape[1] - occupied.flip(1).int().argmax(1)
         empty = ~occupied.any(1)

@@ -4,7 +4,7 @@ Letters: ``Q`` queries, ``K`` classes, ``N`` instances; ``H`` and ``W`` are the 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..errors import UserError
-from ..structures import CroppedMasks, mask_boxes
+from ..structures import CroppedMasks, boxes_around
 from .mask_nms import mask_nms
+from .mask_strips import mask_strips
 from .predictions import Predictions
 
 __all__ = ["InferenceSettings", "postprocess"]
@@ -111,53 +112,43 @@ def postprocess(
         ``scores`` and ``pred_classes``, best first.
     """
     class_logits = predictions.class_logits[-1, image].float()
-    masks = _MasksOfSize(predictions, image, sizes)
-    results: dict[str, Any] = {}
+    padded_size, image_size, size = sizes
+    sums_first = not (settings.resize_before_inference or settings.panoptic_on or settings.instance_on)
+    results: dict[str, _Result] = {}
     if settings.semantic_on:
-        if settings.resize_before_inference or settings.panoptic_on or settings.instance_on:
-            results["sem_seg"] = semantic_scores(class_logits, masks.all())
-        else:
-            scores = semantic_scores(class_logits, masks.padded())
-            results["sem_seg"] = resize_valid(scores, sizes[1], sizes[2])
+        results["sem_seg"] = _SemanticScores(class_logits, padded_size if sums_first else size)
     if settings.panoptic_on:
-        results["panoptic_seg"] = _panoptic(class_logits, masks, settings)
+        results["panoptic_seg"] = _PanopticSegments(class_logits, size, settings)
     if settings.instance_on:
-        results["instances"] = _instances(class_logits, masks, settings)
-    return results
+        results["instances"] = _InstanceMasks(class_logits, size, settings)
+
+    wanted = torch.cat([class_logits.new_zeros(0, dtype=torch.int64), *(x.queries for x in results.values())]).unique()
+    places = {name: torch.searchsorted(wanted, result.queries) for name, result in results.items()}
+    logits = predictions.mask_logits(-1, image, wanted)
+    last_sizes = (padded_size, padded_size) if sums_first else (image_size, size)
+    for rows, strip in mask_strips(logits, padded_size, *last_sizes):
+        probabilities = strip.sigmoid()
+        for name, result in results.items():
+            result.add(rows, strip, probabilities, places[name])
+    made = {name: result.finish(places[name]) for name, result in results.items()}
+    if sums_first and settings.semantic_on:
+        made["sem_seg"] = resize_valid(made["sem_seg"], image_size, size)
+    return made
 
 
-class _MasksOfSize:
-    """One picture's mask logits at the output size; made once where all are asked for."""
+class _Result(Protocol):
+    """A result that is made of strips of masks.
 
-    def __init__(
-        self,
-        predictions: Predictions,
-        image: int,
-        sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
-    ) -> None:
-        self._predictions = predictions
-        self._image = image
-        self._padded_size, self._image_size, self.size = sizes
-        self._all: Tensor | None = None
+    ``queries`` are the indices of those that it needs. ``places`` says which of the masks of a strip are theirs.
+    """
 
-    def padded(self, queries: Tensor | None = None) -> Tensor:
-        """Mask logits (Q, H', W') at the padded size."""
-        logits = self._predictions.mask_logits(-1, self._image, queries)
-        return F.interpolate(logits[None], size=self._padded_size, mode="bilinear", align_corners=False)[0]
+    queries: Tensor
 
-    def all(self) -> Tensor:
-        """Mask logits (Q, H, W) of all queries."""
-        if self._all is None:
-            self._all = resize_valid(self.padded(), self._image_size, self.size)
-        return self._all
+    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
+        """Take in mask logits and probabilities (N, R, W)."""
 
-    def of(self, queries: Tensor) -> Tensor:
-        """Mask logits (n, H, W) of the queries whose indices (n) are given."""
-        if self._all is not None:
-            return self._all[queries]
-        if not len(queries):
-            return self._predictions.class_logits.new_zeros((0, *self.size))
-        return resize_valid(self.padded(queries), self._image_size, self.size)
+    def finish(self, places: Tensor) -> Any:
+        """The result."""
 
 
 def resize_valid(maps: Tensor, valid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -171,41 +162,77 @@ def semantic_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
     return torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], mask_logits.sigmoid())
 
 
-def _panoptic(
-    class_logits: Tensor, masks: _MasksOfSize, settings: InferenceSettings
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Every pixel goes to the query with the best class score x mask probability (MaskFormer, section 3.4)."""
-    num_classes = class_logits.shape[-1] - 1
-    scores, classes = class_logits.softmax(-1).max(-1)
-    queries = torch.nonzero((classes != num_classes) & (scores > settings.object_mask_threshold))[:, 0]
-    if not len(queries):
-        return torch.zeros(masks.size, dtype=torch.int32, device=class_logits.device), []
-    probabilities = masks.of(queries).sigmoid()
-    winner = (scores[queries, None, None] * probabilities).argmax(0)  # (H, W)
-    inside = probabilities.gather(0, winner[None])[0] >= 0.5
-    count = len(queries)
-    visible = torch.bincount(winner.flatten(), minlength=count).tolist()
-    remaining = torch.bincount(winner[inside], minlength=count).tolist()
-    whole = (probabilities >= 0.5).flatten(1).sum(1).tolist()
+class _SemanticScores:
+    """Class scores (K, H, W)."""
 
-    segments: list[dict[str, Any]] = []
-    stuff: dict[int, dict[str, Any]] = {}
-    ids = [0] * count
-    for index, (score, category) in enumerate(zip(scores[queries].tolist(), classes[queries].tolist(), strict=True)):
-        if not remaining[index] or visible[index] / whole[index] < settings.overlap_threshold:
-            continue
-        isthing = settings.is_thing(category)
-        if not isthing and category in stuff:  # parts of one stuff class are one segment
-            segment = stuff[category]
-            segment["score"] = max(segment["score"], score)
+    def __init__(self, class_logits: Tensor, size: tuple[int, int]) -> None:
+        self.queries = torch.arange(len(class_logits), device=class_logits.device)
+        self.class_probabilities = class_logits.softmax(-1)[:, :-1].T
+        self.scores = class_logits.new_empty(len(self.class_probabilities), *size)
+
+    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
+        """Take in a strip."""
+        scores = self.scores[:, rows].flatten(1)  # a view, because it is one piece of memory a class
+        if torch.is_grad_enabled() and (probabilities.requires_grad or self.class_probabilities.requires_grad):
+            scores.copy_(self.class_probabilities @ probabilities.flatten(1))
         else:
-            segment = {"id": len(segments) + 1, "isthing": isthing, "category_id": category, "score": score}
-            segments.append(segment)
-            if not isthing:
-                stuff[category] = segment
-        ids[index] = segment["id"]
-    table = torch.tensor(ids, dtype=torch.int32, device=winner.device)
-    return table[winner] * inside, segments
+            torch.mm(self.class_probabilities, probabilities.flatten(1), out=scores)
+
+    def finish(self, places: Tensor) -> Tensor:
+        """The scores."""
+        return self.scores
+
+
+class _PanopticSegments:
+    """Every pixel goes to the query with the best class score x mask probability (MaskFormer, section 3.4)."""
+
+    def __init__(self, class_logits: Tensor, size: tuple[int, int], settings: InferenceSettings) -> None:
+        num_classes = class_logits.shape[-1] - 1
+        scores, classes = class_logits.softmax(-1).max(-1)
+        self.queries = torch.nonzero((classes != num_classes) & (scores > settings.object_mask_threshold))[:, 0]
+        self.scores = scores[self.queries]
+        self.classes = classes[self.queries]
+        self.settings = settings
+        count = len(self.queries)
+        self.winner = torch.full(size, count, device=class_logits.device)  # count: no one
+        self.visible, self.remaining, self.whole = torch.zeros(3, count, dtype=torch.int64, device=class_logits.device)
+
+    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
+        """Take in a strip."""
+        count = len(self.queries)
+        if not count:
+            return
+        probabilities = probabilities[places]
+        winner = (self.scores[:, None, None] * probabilities).argmax(0)  # (R, W)
+        inside = probabilities.gather(0, winner[None])[0] >= 0.5
+        self.winner[rows] = winner.masked_fill(~inside, count)
+        self.visible += torch.bincount(winner.flatten(), minlength=count)
+        self.remaining += torch.bincount(winner[inside], minlength=count)
+        self.whole += (probabilities >= 0.5).flatten(1).sum(1)
+
+    def finish(self, places: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Segment ids (H, W) and segments."""
+        segments: list[dict[str, Any]] = []
+        stuff: dict[int, dict[str, Any]] = {}
+        ids = []
+        for score, category, visible, remaining, whole in zip(
+            *(x.tolist() for x in (self.scores, self.classes, self.visible, self.remaining, self.whole)), strict=True
+        ):
+            if not remaining or visible / whole < self.settings.overlap_threshold:
+                ids.append(0)
+                continue
+            isthing = self.settings.is_thing(category)
+            if not isthing and category in stuff:  # parts of one stuff class are one segment
+                segment = stuff[category]
+                segment["score"] = max(segment["score"], score)
+            else:
+                segment = {"id": len(segments) + 1, "isthing": isthing, "category_id": category, "score": score}
+                segments.append(segment)
+                if not isthing:
+                    stuff[category] = segment
+            ids.append(segment["id"])
+        table = torch.tensor([*ids, 0], dtype=torch.int32, device=self.winner.device)
+        return table[self.winner], segments
 
 
 @dataclass
@@ -230,27 +257,80 @@ def instance_candidates(class_logits: Tensor, settings: InferenceSettings) -> In
     return candidates
 
 
-def mask_quality(mask_logits: Tensor) -> Tensor:
-    """Mean probability (N) inside each mask (N, H, W): how sure the model is of its shape."""
-    masks = (mask_logits > 0).flatten(1)
-    probabilities = mask_logits.sigmoid().flatten(1)
-    return (probabilities * masks).sum(1) / (masks.sum(1) + 1e-6)
+class MaskQuality:
+    """Mean probability (N) inside each of N masks: how sure the model is of its shape."""
+
+    def __init__(self) -> None:
+        self._above_half: Tensor | float = 0.0
+        self._area: Tensor | int = 0
+
+    def add(self, masks: Tensor, probabilities: Tensor) -> "MaskQuality":
+        """Take in a part of all masks, bool (N, R, W), with the probabilities there, 0.5 or more inside."""
+        # Sums of zeros and ones are fastest in bytes, and a product with the mask is slower than this.
+        self._above_half = self._above_half + (probabilities - 0.5).clamp(min=0).sum((1, 2))
+        self._area = self._area + masks.view(torch.uint8).sum((1, 2), dtype=torch.int32)
+        return self
+
+    def means(self) -> Tensor:
+        """The means; 0 for an empty mask."""
+        assert isinstance(self._above_half, Tensor)
+        return (self._above_half + 0.5 * self._area) / (self._area + 1e-6)
 
 
-def _instances(class_logits: Tensor, masks: _MasksOfSize, settings: InferenceSettings) -> Instances:
-    candidates = instance_candidates(class_logits, settings)
-    queries, inverse = candidates.queries.unique(return_inverse=True)
-    logits = masks.of(queries)
-    scores = candidates.scores * mask_quality(logits)[inverse]
-    order = scores.argsort(descending=True, stable=True)
-    order = order[scores[order] >= settings.instance_score_threshold]
-    binary = logits > 0
-    if settings.mask_nms_threshold < 1:
-        crops = CroppedMasks.from_masks(binary)[inverse[order]]
-        order = order[mask_nms(crops, candidates.classes[order], settings.mask_nms_threshold)]
-    result = Instances(masks.size)
-    result.pred_masks = binary[inverse[order]]
-    result.pred_boxes = Boxes(mask_boxes(binary)[inverse[order]].float())
-    result.scores = scores[order]
-    result.pred_classes = candidates.classes[order]
-    return result
+class _InstanceMasks:
+    """The best pairs of query and class, with binary masks."""
+
+    def __init__(self, class_logits: Tensor, size: tuple[int, int], settings: InferenceSettings) -> None:
+        self.candidates = instance_candidates(class_logits, settings)
+        self.queries = self.candidates.queries
+        self.settings = settings
+        self.size = size
+        self.masks = torch.empty(len(self.queries), *size, dtype=torch.bool, device=class_logits.device)
+        self.quality = MaskQuality()
+        self.highest_of_columns: Tensor | None = None  # (N, W) of the logits
+        self.highest_of_rows: list[Tensor] = []  # (N, R)
+
+    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
+        """Take in a strip."""
+        binary = logits > 0
+        self.masks[:, rows] = binary[places]
+        self.quality.add(binary, probabilities)
+        highest = logits.amax(1)
+        before = self.highest_of_columns
+        self.highest_of_columns = highest if before is None else torch.maximum(before, highest)
+        self.highest_of_rows.append(logits.amax(2))
+
+    def finish(self, places: Tensor) -> Instances:
+        """The instances, best first."""
+        result = Instances(self.size)
+        candidates, settings = self.candidates, self.settings
+        scores = candidates.scores * self.quality.means()[places]
+        order = scores.argsort(descending=True, stable=True)
+        order = order[scores[order] >= settings.instance_score_threshold]
+        if settings.mask_nms_threshold < 1:
+            crops = CroppedMasks.from_masks(self.masks)[order]
+            order = order[mask_nms(crops, candidates.classes[order], settings.mask_nms_threshold)]
+        assert self.highest_of_columns is not None
+        boxes = boxes_around(torch.cat(self.highest_of_rows, 1) > 0, self.highest_of_columns > 0)
+        result.pred_masks = _reordered(self.masks, order)
+        result.pred_boxes = Boxes(boxes[places[order]].float())
+        result.scores = scores[order]
+        result.pred_classes = candidates.classes[order]
+        return result
+
+
+def _reordered(masks: Tensor, order: Tensor) -> Tensor:
+    """``masks[order]`` of masks that no one else needs, without memory for a second copy of all of them."""
+    if len(order) < len(masks):
+        return masks[order]
+    sources = order.tolist()
+    for start in range(len(sources)):  # each cycle of the permutation once
+        if sources[start] == start:
+            continue
+        kept, place = masks[start].clone(), start
+        while sources[place] != start:
+            masks[place] = masks[sources[place]]
+            sources[place], place = place, sources[place]
+        masks[place] = kept
+        sources[place] = place
+    return masks

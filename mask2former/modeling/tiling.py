@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..structures import CroppedMasks
-from .inference import InferenceSettings, instance_candidates, mask_quality, semantic_scores
+from .inference import InferenceSettings, MaskQuality, instance_candidates, semantic_scores
 from .predictions import Predictions
 from .tile_merging import TileInstances, Window, merge_tiles
 
@@ -135,8 +135,9 @@ class TiledInference:
 
     def _find_instances(self, window: Window, class_logits: Tensor, logits: Tensor) -> TileInstances:
         candidates = instance_candidates(class_logits, self.settings)
-        scores = candidates.scores * mask_quality(logits)[candidates.queries]
-        masks = (logits > 0)[candidates.queries]
+        binary = logits > 0
+        scores = candidates.scores * MaskQuality().add(binary, logits.sigmoid()).means()[candidates.queries]
+        masks = binary[candidates.queries]
         likely = masks.flatten(1).any(1) & (scores >= self.settings.instance_score_threshold)
         masks = masks[likely]
         height, width = self.size
