@@ -1,0 +1,32 @@
+"""Convolutions that do the work of the frozen batch norm behind them."""
+
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import Tensor, nn
+
+__all__ = ["fold_frozen_norms"]
+
+
+def fold_frozen_norms(module: nn.Module) -> None:
+    """Let every convolution in ``module`` whose norm is frozen scale its weights instead of its result.
+
+    A frozen norm multiplies and shifts each channel, and so does a convolution whose weights and bias were multiplied
+    and shifted: one pass over weights in place of two over a feature map, the same but for rounding. Weights are
+    scaled when they are used, so that parameters, buffers, gradients and state dict stay what they were.
+    """
+    for part in module.modules():
+        if type(part) is Conv2d and isinstance(part.norm, FrozenBatchNorm2d):
+            part.__class__ = _ConvWithFrozenNorm  # it keeps its parameters, hooks and places in the model
+
+
+class _ConvWithFrozenNorm(Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class it is derived from."""
+        norm = self.norm
+        if not isinstance(norm, FrozenBatchNorm2d) or norm._forward_hooks or norm._forward_pre_hooks:
+            return super().forward(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
+        weight = self.weight * scale[:, None, None, None]
+        x = F.conv2d(x, weight, norm.bias - mean * scale, self.stride, self.padding, self.dilation, self.groups)
+        return x if self.activation is None else self.activation(x)
