@@ -69,13 +69,12 @@ class SetCriterion(nn.Module):
             predictions = predictions.last_layer()
         matches = self.matcher(predictions, targets)
         num_objects = _mean_over_ranks(sum(len(target) for target in targets), predictions.class_logits.device)
-        masks = [target.masks.float() for target in targets]
         last = len(predictions.class_logits) - 1
         losses = {}
         for layer, mask_logits in enumerate(_matched_masks(predictions, matches)):
             layer_losses = {
                 "loss_ce": self._class_loss(predictions.class_logits[layer], targets, matches[layer]),
-                **self._mask_losses(mask_logits, masks, matches[layer], num_objects),
+                **self._mask_losses(mask_logits, targets, matches[layer], num_objects),
             }
             suffix = "" if layer == last else f"_{layer}"
             losses.update({name + suffix: self.weights[name] * loss for name, loss in layer_losses.items()})
@@ -89,34 +88,40 @@ class SetCriterion(nn.Module):
         return F.cross_entropy(logits.float().transpose(1, 2), classes, self.empty_weight)
 
     def _mask_losses(
-        self, logits: Tensor, masks: Sequence[Tensor], matches: Matches, num_objects: float
+        self, logits: Sequence[Tensor], targets: Sequence[Targets], matches: Matches, num_objects: float
     ) -> dict[str, Tensor]:
-        """Mask losses of the matched queries' logits (N, H/4, W/4) against target masks (n, H, W) of each picture."""
-        objects = torch.cat(
-            [
-                picture if len(indices) == len(picture) else picture[indices]
-                for picture, (_, indices) in zip(masks, matches, strict=True)
-            ]
-        )  # (N, H, W)
-        if not len(logits):  # 0, and still a function of the predictions
-            return {"loss_mask": logits.sum(), "loss_dice": logits.sum()}
-        points = uncertain_points(logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
-        with torch.autocast(logits.device.type, enabled=False):
-            point_logits = sample_points_each(logits, points)
-            labels = sample_points_each(objects, points)
+        """Mask losses of a layer: of each picture, logits (n, H/4, W/4) of the matched queries."""
+        at_points = [
+            self._at_points(picture, target, objects)
+            for picture, target, (_, objects) in zip(logits, targets, matches, strict=True)
+        ]
+        point_logits, labels = (torch.cat(parts) for parts in zip(*at_points, strict=True))
+        with torch.autocast(point_logits.device.type, enabled=False):
             return {
                 "loss_mask": cross_entropy_loss(point_logits, labels) / num_objects,
                 "loss_dice": dice_loss(point_logits, labels) / num_objects,
             }
 
+    def _at_points(self, logits: Tensor, target: Targets, objects: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask logits and labels of a picture's n matched pairs, each at points of its own: (n, P)."""
+        if not len(logits):  # no pairs, and still a function of the predictions
+            nothing = logits.sum((1, 2))[:, None].expand(-1, self.num_points)
+            return nothing, nothing.detach()
+        masks = target.mask_values
+        if len(objects) < len(masks):
+            masks = masks[objects]
+        points = uncertain_points(logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+        with torch.autocast(logits.device.type, enabled=False):
+            return sample_points_each(logits, points), sample_points_each(masks, points)
 
-def _matched_masks(predictions: Predictions, matches: Sequence[Matches]) -> list[Tensor]:
-    """For each layer the mask logits (N, H/4, W/4) of all matched queries, picture after picture."""
+
+def _matched_masks(predictions: Predictions, matches: Sequence[Matches]) -> list[tuple[Tensor, ...]]:
+    """For each layer, of each picture, the mask logits (n, H/4, W/4) of the matched queries."""
     pictures = []
     for image in range(len(matches[0])):
         queries = torch.stack([layer_matches[image][0] for layer_matches in matches])  # (L, n)
         pictures.append(predictions.matched_mask_logits(image, queries).unbind(0))
-    return [torch.cat(layer) for layer in zip(*pictures, strict=True)]
+    return list(zip(*pictures, strict=True))
 
 
 def _mean_over_ranks(count: int, device: torch.device) -> float:

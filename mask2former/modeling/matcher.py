@@ -57,7 +57,7 @@ class HungarianMatcher(nn.Module):
         if len(target):
             points = torch.rand(self.num_points, 2, device=cost.device)
             logits = predictions.mask_logits_at(image, points)  # (L, Q, P)
-            objects = sample_points(target.masks.float(), points)  # (N, P)
+            objects = sample_points(target.mask_values, points)  # (N, P)
             with torch.autocast(cost.device.type, enabled=False):
                 cost = cost + self.cost_mask * cross_entropy_cost(logits, objects)
                 cost = cost + self.cost_dice * dice_cost(logits, objects)
