@@ -1,4 +1,4 @@
-"""What a benchmark says of the machine that it ran on."""
+"""What a benchmark asks of the machine that it runs on."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe", "processors"]
+__all__ = ["describe", "peak_memory", "processors"]
 
 
 def describe(threads: Sequence[int], **versions: str) -> dict[str, Any]:
@@ -37,6 +37,22 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def peak_memory(device: str, reset: bool = False) -> int:
+    """Bytes that this process has used at most; after a reset, those in use.
+
+    On a CPU it needs Linux.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.resetpeak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(peak.split()[1])
 
 
 def _processor() -> str:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, processors
+from machine import describe, peak_memory, processors
 from matplotlib import ticker
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -430,23 +430,10 @@ def _measure_memory(attention: Attention, args: argparse.Namespace) -> dict[str,
     torch.set_num_threads(max(args.threads))
     inputs = _make_inputs(max(args.sizes), "grid", args)
     _forward_and_backward(attention, _make_inputs(32, "grid", args))  # loads code and starts threads
-    before = _peak_memory(args.device, reset=True)
+    before = peak_memory(args.device, reset=True)
     results = _forward_and_backward(attention, inputs)
-    added = _peak_memory(args.device) - before
+    added = peak_memory(args.device) - before
     return {"added": added / 2**20, "results": sum(x.nbytes for x in results) / 2**20}
-
-
-def _peak_memory(device: str, reset: bool = False) -> int:
-    """Bytes; after a reset, those in use."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(peak.split()[1])
 
 
 # -------------------------------------------------------------------------------------------- report
