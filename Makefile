@@ -40,7 +40,8 @@ lint: setup-dev ## Check formatting, rules and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: setup-dev ## Measure deformable attention and, on COCO in DETECTRON2_DATASETS, data loading beside other ways
+bench: setup-dev ## Measure the model, deformable attention and, on COCO in DETECTRON2_DATASETS, data loading
+	$(PY) $(QUIET) benchmarks/model.py
 	$(PY) $(QUIET) benchmarks/ms_deform_attn.py
 	$(PY) $(QUIET) benchmarks/mappers.py
 
