@@ -126,6 +126,7 @@ def _make_predictor(args: argparse.Namespace) -> Predictor:
         device=args.device,
         options=args.opts,
         confidence_threshold=args.confidence_threshold,
+        semantic_labels=True,  # nothing here reads scores
     )
 
 

@@ -176,6 +176,11 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # Mask NMS: an instance whose mask overlaps a better one of its class by more than this IoU is
     # left out (1.0: off). For many equal objects, where queries repeat one another.
     test.MASK_NMS_THRESHOLD = 1.0
+    # Semantic output is the best class of each pixel, int32 (H, W), in place of scores (K, H, W), which for large
+    # pictures are most of the memory. Evaluation by train_net.py and the demo, which need no scores, ask for it by
+    # themselves; test-time augmentation, which averages scores, makes labels of the mean. Detectron2's
+    # SemanticSegmentor (the per-pixel baselines) gives scores in any case.
+    test.SEMANTIC_LABELS = False
     # Inference in overlapping square tiles of this side, in pixels of the network's input (0: off).
     # Neighbouring tiles share TILE_OVERLAP pixels; objects wider than that may be cut.
     test.TILE_SIZE = 0

@@ -49,6 +49,7 @@ class Predictor:
         device: str | None = None,
         options: Sequence[str] = (),
         confidence_threshold: float | None = None,
+        semantic_labels: bool = False,
         batch_size: int = 4,
     ) -> None:
         """Build the model and load its weights.
@@ -61,6 +62,8 @@ class Predictor:
             options: KEY, VALUE, KEY, VALUE, ... that replace values of the config.
             confidence_threshold: instances and panoptic segments that score less are left out; by default the
                 config's thresholds hold. Semantic output always gives every pixel a class.
+            semantic_labels: of a ``MaskFormer`` make ``sem_seg`` the class of each pixel, int32 (H, W), in place of
+                scores (K, H, W), which for large pictures are most of the memory; False: as the config says.
             batch_size: how many pictures of equal size go through the model together. Others go one by one,
                 since the padding that they would need changes results.
 
@@ -73,6 +76,8 @@ class Predictor:
             raise UserError(f"expected a batch size of at least 1, got {batch_size}")
         parts = _build(config, options, device, confidence_threshold)
         self.model = parts.model.eval()
+        if semantic_labels and isinstance(self.model, MaskFormer):
+            self.model.inference = dataclasses.replace(self.model.inference, semantic_labels=True)
         self.metadata = parts.metadata
         self.weights = os.fspath(weights or parts.weights)
         self._augmentations = parts.mapper.augmentations

@@ -17,6 +17,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from scipy import ndimage
 
+from .modeling.inference import best_classes
 from .structures import CroppedMasks
 
 __all__ = ["Classes", "Region", "confident", "instance_regions", "label_regions", "semantic_labels", "to_json"]
@@ -126,8 +127,9 @@ def label_regions(labels: Labels) -> Iterator[tuple[int, Region]]:
 
 
 def semantic_labels(sem_seg: torch.Tensor) -> Labels:
-    """The best class of each pixel, (H, W), from scores (K, H, W)."""
-    return sem_seg.argmax(dim=0).cpu().numpy()
+    """The class of each pixel, (H, W): from scores (K, H, W) the best one, labels (H, W) as they are."""
+    labels = sem_seg if sem_seg.ndim == 2 else best_classes(sem_seg)
+    return labels.cpu().numpy()
 
 
 def confident(outputs: Mapping[str, Any], threshold: float) -> dict[str, Any]:

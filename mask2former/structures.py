@@ -47,10 +47,12 @@ class CroppedMasks(Sequence[Tensor]):
         self.size = size
 
     @staticmethod
-    def from_masks(masks: Tensor) -> "CroppedMasks":
-        """Crop masks (N, H, W) to their boxes."""
+    def from_masks(masks: Tensor, *, copy: bool = True) -> "CroppedMasks":
+        """Crop masks (N, H, W) to their boxes; without a copy the crops are parts of ``masks``, and keep all of it."""
         boxes = mask_boxes(masks).tolist()
-        crops = [mask[y0:y1, x0:x1].clone() for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True)]
+        crops = [mask[y0:y1, x0:x1] for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True)]
+        if copy:
+            crops = [crop.clone() for crop in crops]
         return CroppedMasks(crops, [(y0, x0) for x0, y0, _, _ in boxes], (masks.shape[1], masks.shape[2]))
 
     @staticmethod

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
 from scripts import Program, program
@@ -245,6 +246,34 @@ def test_expected_results(recipe_file: Path, tmp_path: Path) -> None:
     assert caught.value.code == 1
     with pytest.raises(UserError, match="EXPECTED_RESULTS has rows for bbox, but there are results for segm"):
         evaluate_weights(replace(recipe, expected_results=[["bbox", "AP", 40.0, 0.5]]))
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("MODEL.MASK_FORMER.TEST.TILE_SIZE", "48", "MODEL.MASK_FORMER.TEST.TILE_OVERLAP", "16")]
+)
+def test_evaluation_makes_labels_where_no_one_reads_scores(
+    data: TinyNames, recipe_file: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    recipe = tiny_recipe(recipe_file, tmp_path / "out", *options)
+    model = recipe.build_model().eval()
+    kinds: set[torch.dtype] = set()
+    model.register_forward_hook(lambda _, __, outputs: kinds.update(output["sem_seg"].dtype for output in outputs))
+    with_labels = trainer.evaluate(recipe, model)
+    assert kinds == {torch.int32} and not model.inference.semantic_labels
+
+    class UsersOwn(ConstantEvaluator):
+        """It may read scores."""
+
+        def evaluate(self) -> dict[str, Any]:
+            return {"own": {}}
+
+    kinds.clear()
+    (test_set,) = recipe.test_sets
+    own = replace(test_set, build_evaluator=lambda: DatasetEvaluators([test_set.build_evaluator(), UsersOwn()]))
+    results = trainer.evaluate(replace(recipe, test_sets=[own]), model)
+    assert kinds == {torch.float32}
+    for task in ("sem_seg", "panoptic_seg"):
+        assert results[task] == pytest.approx(with_labels[task], nan_ok=True)
 
 
 @pytest.fixture

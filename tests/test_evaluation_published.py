@@ -250,6 +250,12 @@ def test_perfect_on_cityscapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert results["segm"]["AP"] == results["segm"]["AP50"] == pytest.approx(100)
         assert not list(Path().iterdir())  # cityscapesscripts would leave a file here
 
+        def with_classes(record: dict[str, Any]) -> Output:
+            output = perfect(record, 19)
+            return {**output, "sem_seg": output["sem_seg"].argmax(0).int()}
+
+        assert evaluate(name, with_classes) == results
+
         def without_persons(record: dict[str, Any]) -> Output:
             output = perfect(record, 19)
             instances = output["instances"]

@@ -69,6 +69,24 @@ def test_equals_a_plain_confusion_matrix(tiny: TinyNames) -> None:
     assert results["IoU-square"] == 0 < results["mIoU"] < 90
 
 
+def test_classes_in_place_of_scores(tiny: TinyNames, tmp_path: Path) -> None:
+    records = DatasetCatalog.get(tiny.panoptic)
+    generator = torch.Generator().manual_seed(0)
+    scores = [perfect_semantic(r, 3) + 2 * torch.rand(3, 64, 64, generator=generator) for r in records]
+    labels = [best.argmax(0).int() for best in scores]
+    folders = [tmp_path / "scores", tmp_path / "labels"]
+    results = [
+        evaluate(SemanticEvaluator(tiny.panoptic, str(folder)), records, outputs)
+        for folder, outputs in zip(folders, (scores, labels), strict=True)
+    ]
+    assert results[0] == results[1] and 0 < results[0]["mIoU"] < 100
+    texts = [(folder / "sem_seg_predictions.json").read_text() for folder in folders]
+    assert texts[0] == texts[1]
+    labels[0][5, 5] = 4
+    with pytest.raises(UserError, match="predicts 5 classes, but data set 'tiny_panoptic' has 3"):
+        evaluate(SemanticEvaluator(tiny.panoptic), records[:1], labels[:1])
+
+
 def test_label_that_the_data_set_lacks(tiny: TinyNames) -> None:
     record = DatasetCatalog.get(tiny.panoptic)[1]
     path = Path(record["sem_seg_file_name"])

@@ -330,6 +330,21 @@ def test_resizing_before_semantic_inference() -> None:
     assert not torch.allclose(scores(True), scores(False), atol=1e-6)
 
 
+@effect_of(f"{M}TEST.SEMANTIC_LABELS")
+@pytest.mark.parametrize("tile_size", [0, 64])
+def test_semantic_labels(tile_size: int) -> None:
+    def semantic(labels: bool) -> Tensor:
+        model = build(
+            {f"{M}TEST.SEMANTIC_LABELS": labels, f"{M}TEST.TILE_SIZE": tile_size, f"{M}TEST.TILE_OVERLAP": 16}
+        )
+        with torch.no_grad():
+            return model.eval()([{**picture(), "height": 70, "width": 100}])[0]["sem_seg"]
+
+    scores, labels = semantic(False), semantic(True)
+    assert scores.shape == (2, 70, 100) and scores.is_floating_point()
+    assert labels.dtype == torch.int32 and torch.equal(labels.long(), scores.argmax(0))
+
+
 @effect_of("TEST.DETECTIONS_PER_IMAGE")
 def test_number_of_instances() -> None:
     with torch.no_grad():

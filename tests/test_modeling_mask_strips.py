@@ -1,5 +1,11 @@
 """Results made in strips against the plain way: whole masks, resized with F.interpolate."""
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +113,30 @@ def test_order_of_masks_without_a_copy() -> None:
     from mask2former.modeling.inference import _reordered
 
     masks = torch.arange(7)[:, None, None].expand(7, 2, 3).clone()
-    for order in ([0, 1, 2, 3, 4, 5, 6], [3, 0, 1, 2, 5, 4, 6], [6, 5, 4, 3, 2, 1, 0], [2, 4], []):
+    in_full = [[0, 1, 2, 3, 4, 5, 6], [3, 0, 1, 2, 5, 4, 6], [6, 5, 4, 3, 2, 1, 0]]
+    for order in (*in_full, [6, 2, 0, 5], [1, 2, 3, 4, 5, 0], [2, 4], []):
         index = torch.tensor(order, dtype=torch.int64)
         assert torch.equal(_reordered(masks.clone(), index), masks[index])
+
+
+@pytest.mark.parametrize("sizes", SIZES[:5])
+@pytest.mark.parametrize("others", [True, False])
+def test_labels_are_the_best_classes_of_the_scores(sizes: tuple, others: bool, strip_values: int) -> None:
+    """Beside other results and alone, where scores are resized as sums, and with rounding of strips."""
+    settings = InferenceSettings(panoptic_on=others, instance_on=others)
+    scores = postprocess(random_predictions(), 0, sizes, settings)["sem_seg"]
+    labels = postprocess(random_predictions(), 0, sizes, replace(settings, semantic_labels=True))["sem_seg"]
+    assert labels.shape == sizes[2] and labels.dtype == torch.int32 and len(labels.unique()) > 1
+    best, second = scores.topk(2, dim=0).values
+    assert torch.equal(labels.long()[best - second > 1e-5], scores.argmax(0)[best - second > 1e-5])
+
+
+@pytest.mark.slow
+def test_memory_of_labels_is_that_of_the_results(repository: Path) -> None:
+    """Scores, 133 classes at 2000 x 2500, would be 2.66 GB; masks of 100 instances are 0.5."""
+    options = "--only labels --size 2000 2500 --input 256 320 --threads 1"
+    child = [sys.executable, "-W", "ignore", str(repository / "benchmarks" / "results_memory.py"), *options.split()]
+    done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["results"] == 2000 * 2500 * (100 + 4 + 4)
+    assert figures["added"] < 1.25 * figures["results"] + 200e6

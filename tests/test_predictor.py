@@ -13,8 +13,10 @@ from tiny_nuclei_model import build_tiny_model, one_thread, tiny_config, write_t
 
 from mask2former.checkpoint import write_safetensors
 from mask2former.data import build_mapper
+from mask2former.drawing import draw
 from mask2former.errors import UserError
 from mask2former.predictor import Predictor
+from mask2former.results import to_json
 
 LAZY_CONFIG = """\
 from detectron2.config import LazyCall as L
@@ -155,6 +157,20 @@ def test_lazy_config(tiny, image, tmp_path):
     assert len(Predictor(path, weights, confidence_threshold=threshold)(image)["instances"]) == len(scores) - 5
 
 
+def test_semantic_labels(tiny, predictor, image, tmp_path):
+    """They are drawn and written as scores are; a LazyConfig's model gives them too."""
+    path = tmp_path / "recipe.py"
+    path.write_text(LAZY_CONFIG)
+    scores = predictor(image, image_format="RGB")
+    for other in (Predictor(*tiny, semantic_labels=True), Predictor(path, tiny[1], semantic_labels=True)):
+        labels = other(image, image_format="RGB")
+        assert labels["sem_seg"].shape == (70, 90) and not labels["sem_seg"].is_floating_point()
+        assert to_json(labels, other.metadata) == to_json(scores, predictor.metadata)
+        drawings = dict(draw(image, labels, other.metadata))
+        for kind, drawing in draw(image, scores, predictor.metadata):
+            assert np.array_equal(drawing, drawings[kind])
+
+
 def test_per_pixel_baseline(tiny, image, tmp_path):
     """Its scores are semantic alone, so that a threshold, which the demo always gives, changes nothing."""
     options = ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.SEM_SEG_HEAD.NAME", "PerPixelBaselineHead"]
@@ -170,7 +186,7 @@ def test_per_pixel_baseline(tiny, image, tmp_path):
             "model = L(build_model)(cfg=cfg)",
         )
     )
-    lazy = Predictor(path, weights, confidence_threshold=0.5)(image)
+    lazy = Predictor(path, weights, confidence_threshold=0.5, semantic_labels=True)(image)
     assert set(lazy) == {"sem_seg"} and lazy["sem_seg"].shape == (2, 70, 90)
     yaml = Predictor(tiny[0], weights, options=options, confidence_threshold=0.5)(image)
     torch.testing.assert_close(lazy["sem_seg"], yaml["sem_seg"], atol=0, rtol=0)

@@ -52,9 +52,11 @@ def make_outputs(cropped=False):
     return {"instances": instances, "panoptic_seg": (segment_ids, segments), "sem_seg": sem_seg}
 
 
-@pytest.mark.parametrize("cropped", [False, True])
-def test_records(cropped):
+@pytest.mark.parametrize(("cropped", "labels"), [(False, False), (True, False), (False, True)])
+def test_records(cropped, labels):
     outputs = make_outputs(cropped)
+    if labels:
+        outputs["sem_seg"] = outputs["sem_seg"].argmax(0).int()
     document = json.loads(json.dumps(to_json(outputs, METADATA, file="a.jpg", polygons=True)))
     assert (document["file"], document["width"], document["height"]) == ("a.jpg", 30, 20)
 

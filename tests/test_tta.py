@@ -102,6 +102,14 @@ def test_pictures_of_equal_size_may_go_together(model: nn.Module, cfg: CfgNode) 
     assert_close(together, mean_by_hand(model, make_sample()))
 
 
+def test_labels_are_the_best_of_the_mean(model: nn.Module, cfg: CfgNode) -> None:
+    with model.other_inference(semantic_labels=True):
+        labels = SemanticSegmentorWithTTA(cfg, model)([make_sample()])[0]["sem_seg"]
+        assert model.inference.semantic_labels
+    scores = SemanticSegmentorWithTTA(cfg, model)([make_sample()])[0]["sem_seg"]
+    assert labels.dtype == torch.int32 and torch.equal(labels.long(), scores.argmax(0))
+
+
 def test_in_tiles(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.TEST.TILE_SIZE, cfg.MODEL.MASK_FORMER.TEST.TILE_OVERLAP = 48, 16
     with torch.random.fork_rng():

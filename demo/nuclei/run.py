@@ -39,7 +39,7 @@ def main() -> None:
     start = time.perf_counter()
     weights = args.folder / "model.safetensors"
     print(f"segmenting the pictures of {os.path.relpath(args.folder / 'images')} with {os.path.relpath(weights)}")
-    predictor = Predictor(args.config_file, weights, device=args.device)
+    predictor = Predictor(args.config_file, weights, device=args.device, semantic_labels=True)
     metrics, rows = _segment(predictor, args.folder, args.output, args.confidence_threshold)
     _save_overview(args.output / "overview.png", rows)
     print(

@@ -3,12 +3,13 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..errors import UserError
+from ..evaluation import takes_labels
+from ..modeling import MaskFormer
 from .best_checkpoint import BestCheckpointer, EarlyStopping, StoppedEarly
 from .curves import CurvesWriter
 from .ema import WeightAverage
@@ -117,10 +120,18 @@ def _evaluate_on(test_sets: Sequence[TestSet], model: nn.Module) -> Results:
     results: Results = OrderedDict()
     for test_set in test_sets:
         evaluator = test_set.build_evaluator()
-        results[test_set.name] = inference_on_dataset(model, test_set.build_loader(), evaluator) or {}
+        with _without_scores(model, evaluator):
+            results[test_set.name] = inference_on_dataset(model, test_set.build_loader(), evaluator) or {}
         if comm.is_main_process():
             print_csv_format(results[test_set.name])
     return next(iter(results.values())) if len(results) == 1 else results
+
+
+def _without_scores(model: nn.Module, evaluator: DatasetEvaluator) -> AbstractContextManager[None]:
+    """In the block a ``MaskFormer`` gives semantic labels, for less memory, where the evaluator finds the same then."""
+    if isinstance(model, MaskFormer) and takes_labels(evaluator):
+        return model.other_inference(semantic_labels=True)
+    return nullcontext()
 
 
 def evaluate_weights(recipe: Recipe, *, resume: bool = False) -> Results:

@@ -1,6 +1,6 @@
 """Detectron2 evaluators for semantic, instance and panoptic output."""
 
-from .builder import build_evaluator, can_evaluate
+from .builder import build_evaluator, can_evaluate, takes_labels
 from .cityscapes import CityscapesInstanceSegEvaluator, CityscapesSemanticEvaluator
 from .instance import InstanceSegEvaluator
 from .lvis import LVISInstanceEvaluator
@@ -16,4 +16,5 @@ __all__ = [
     "SemanticEvaluator",
     "build_evaluator",
     "can_evaluate",
+    "takes_labels",
 ]

@@ -13,7 +13,7 @@ from .lvis import LVISInstanceEvaluator
 from .panoptic import PanopticEvaluator
 from .semantic import SemanticEvaluator
 
-__all__ = ["build_evaluator", "can_evaluate"]
+__all__ = ["build_evaluator", "can_evaluate", "takes_labels"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,24 @@ EVALUATOR_TYPES: dict[str, tuple[Task, ...]] = {
     "cityscapes_sem_seg": (SEMANTIC_OF_CITYSCAPES,),
     "cityscapes_panoptic_seg": (PANOPTIC, SEMANTIC_OF_CITYSCAPES, INSTANCE_OF_CITYSCAPES),
 }
+
+
+# Those that read the classes of pixels as well as their scores, or nothing of the two.
+TAKE_LABELS = (
+    CityscapesInstanceSegEvaluator,
+    CityscapesSemanticEvaluator,
+    InstanceSegEvaluator,
+    LVISInstanceEvaluator,
+    PanopticEvaluator,
+    SemanticEvaluator,
+)
+
+
+def takes_labels(evaluator: DatasetEvaluator) -> bool:
+    """Whether an evaluator does with classes of pixels in place of their scores; of the user's own no one knows."""
+    if isinstance(evaluator, DatasetEvaluators):
+        return all(takes_labels(part) for part in evaluator._evaluators)
+    return type(evaluator) in TAKE_LABELS
 
 
 def can_evaluate(dataset_name: str, output: str) -> bool:

@@ -1,7 +1,7 @@
 """Cityscapes' own metrics, computed by the package ``cityscapesscripts``."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ from detectron2.evaluation import CityscapesInstanceEvaluator, CityscapesSemSegE
 from detectron2.utils import comm
 
 from ..data.datasets.cityscapes import require_cityscapesscripts
+from ..results import semantic_labels
+from .semantic import BestClasses
 
 __all__ = ["CityscapesInstanceSegEvaluator", "CityscapesSemanticEvaluator"]
 
@@ -43,6 +45,10 @@ class CityscapesSemanticEvaluator(CityscapesSemSegEvaluator):
     def reset(self) -> None:
         require_cityscapesscripts()
         super().reset()
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Take in a batch: ``outputs[i]["sem_seg"]``, scores (K, H, W) or classes (H, W)."""
+        super().process(inputs, [{"sem_seg": BestClasses(semantic_labels(output["sem_seg"]))} for output in outputs])
 
     def evaluate(self) -> dict[str, Any] | None:
         """On the main process ``{"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup"}}``, in percent; else None."""

@@ -5,15 +5,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 
 from ..data.annotations import decode_segmentation
 from ..data.images import read_label_map
 from ..errors import UserError
+from ..results import Labels, semantic_labels
 from .truth import check_size
 
-__all__ = ["SemanticEvaluator", "paint_predictions", "read_truth"]
+__all__ = ["BestClasses", "SemanticEvaluator", "paint_predictions", "read_truth"]
+
+
+class BestClasses:
+    """Classes (H, W) for Detectron2's evaluators, which ask scores for the best one."""
+
+    def __init__(self, labels: Labels) -> None:
+        self._labels = torch.from_numpy(labels)
+
+    def argmax(self, dim: int) -> torch.Tensor:
+        """The classes, as of scores whose first dimension is that of classes."""
+        return self._labels
 
 
 class SemanticEvaluator(SemSegEvaluator):
@@ -44,16 +57,25 @@ class SemanticEvaluator(SemSegEvaluator):
             ) from error
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
-        """Take in a batch: ``outputs[i]["sem_seg"]``, scores (K, H, W)."""
+        """Take in a batch: ``outputs[i]["sem_seg"]``, scores (K, H, W) or classes (H, W)."""
+        predictions = []
         for picture, output in zip(inputs, outputs, strict=True):
-            classes, *size = output["sem_seg"].shape
-            if classes != self._num_classes:
-                raise UserError(
-                    f"the model predicts {classes} classes, but data set '{self._dataset_name}' has "
-                    f"{self._num_classes}: set MODEL.SEM_SEG_HEAD.NUM_CLASSES to {self._num_classes}"
-                )
-            check_size(picture["file_name"], self.input_file_to_gt_file[picture["file_name"]], tuple(size))
-        super().process(inputs, outputs)
+            *classes, height, width = output["sem_seg"].shape
+            if classes:
+                self._check_classes(classes[0])
+            check_size(picture["file_name"], self.input_file_to_gt_file[picture["file_name"]], (height, width))
+            labels = semantic_labels(output["sem_seg"])
+            if labels.max() >= self._num_classes:
+                self._check_classes(int(labels.max()) + 1)
+            predictions.append({"sem_seg": BestClasses(labels)})
+        super().process(inputs, predictions)
+
+    def _check_classes(self, predicted: int) -> None:
+        if predicted != self._num_classes:
+            raise UserError(
+                f"the model predicts {predicted} classes, but data set '{self._dataset_name}' has "
+                f"{self._num_classes}: set MODEL.SEM_SEG_HEAD.NUM_CLASSES to {self._num_classes}"
+            )
 
     def _load(self, file_name: str, dtype: npt.DTypeLike = int) -> np.ndarray:
         return read_truth(file_name, MetadataCatalog.get(self._dataset_name), dtype)

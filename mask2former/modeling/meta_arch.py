@@ -1,6 +1,8 @@
 """The model: backbone, head, and what training and inference make of the head's predictions."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,6 +126,16 @@ class MaskFormer(nn.Module):
             postprocess(predictions, index, (padded_size, image_size, size), self.inference)
             for index, (image_size, size) in enumerate(zip(images.image_sizes, sizes, strict=True))
         ]
+
+    @contextmanager
+    def other_inference(self, **changes: Any) -> Iterator[None]:
+        """In the block the model infers with some of its ``InferenceSettings`` changed."""
+        settings = self.inference
+        self.inference = dataclasses.replace(settings, **changes)
+        try:
+            yield
+        finally:
+            self.inference = settings
 
     def preprocess(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalised pictures (B, 3, H, W), padded to a common size."""

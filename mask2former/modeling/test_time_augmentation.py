@@ -1,8 +1,7 @@
 """Test-time augmentation of semantic segmentation: the mean over resized and mirrored pictures."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batches import batches_of_equal_size
 from ..data import read_image
 from ..errors import UserError
+from .inference import best_classes
 from .meta_arch import MaskFormer
 
 __all__ = ["SemanticSegmentorWithTTA"]
@@ -80,13 +80,16 @@ class SemanticSegmentorWithTTA(nn.Module):
                 ``image``; ``height`` and ``width``, the size of the results, are by default the picture's own.
 
         Returns:
-            For each ``{"sem_seg": mean scores (K, height, width)}``, and nothing else.
+            For each ``{"sem_seg": mean scores (K, height, width)}``, and nothing else; of a ``MaskFormer`` that gives
+            labels in place of scores, their best classes (height, width).
 
         Raises:
             UserError: the model gives no semantic scores.
         """
+        labels = isinstance(self.model, MaskFormer) and self.model.inference.semantic_labels
         with torch.no_grad(), _semantic_alone(self.model):
-            return [{"sem_seg": self._mean_scores(self._complete(sample))} for sample in batched_inputs]
+            scores = (self._mean_scores(self._complete(sample)) for sample in batched_inputs)
+            return [{"sem_seg": best_classes(mean) if labels else mean} for mean in scores]
 
     def _complete(self, sample: Sample) -> Sample:
         """The sample with ``image``, ``height`` and ``width``."""
@@ -123,24 +126,18 @@ class SemanticSegmentorWithTTA(nn.Module):
         return total
 
 
-@contextmanager
-def _semantic_alone(model: nn.Module) -> Iterator[None]:
-    """Let a ``MaskFormer`` make no panoptic and instance results in the block; its semantic ones don't change."""
+def _semantic_alone(model: nn.Module) -> AbstractContextManager[None]:
+    """Let a ``MaskFormer`` make semantic scores alone in the block, the same as it would with other results."""
     if not isinstance(model, MaskFormer):
-        yield
-        return
+        return nullcontext()
     settings = model.inference
     others = settings.panoptic_on or settings.instance_on
-    model.inference = dataclasses.replace(
-        settings,
+    return model.other_inference(
         panoptic_on=False,
         instance_on=False,
         resize_before_inference=settings.resize_before_inference or others,
+        semantic_labels=False,
     )
-    try:
-        yield
-    finally:
-        model.inference = settings
 
 
 def _is_mirrored(transforms: T.TransformList) -> bool:

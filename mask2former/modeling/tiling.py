@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..structures import CroppedMasks
-from .inference import InferenceSettings, MaskQuality, instance_candidates, semantic_scores
+from .inference import InferenceSettings, MaskQuality, best_classes, instance_candidates, semantic_scores
 from .predictions import Predictions
 from .tile_merging import TileInstances, Window, merge_tiles
 
@@ -81,8 +81,8 @@ class TiledInference:
         found = merge_tiles(self._found, self.settings.mask_nms_threshold) if self._found else None
         if self._scores is not None:
             self._scores /= self._weights
-        if self.settings.semantic_on:
-            results["sem_seg"] = self._scores
+        if self.settings.semantic_on and self._scores is not None:
+            results["sem_seg"] = best_classes(self._scores) if self.settings.semantic_labels else self._scores
         if self.settings.panoptic_on and found is not None:
             results["panoptic_seg"] = self._panoptic(found)
         if self.settings.instance_on and found is not None:
