@@ -169,3 +169,16 @@ def test_model_beside_hugging_face(
     assert "loss, 64 x 64" in capsys.readouterr().out
     with pytest.raises(UserError, match="--sizes has 32"):
         model.main(["--sizes", "32"])
+
+
+def test_memory_of_results(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At a size where anything works; a larger one is measured in test_modeling_mask_strips.py."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    results_memory = load_script(repository / "benchmarks" / "results_memory.py")
+    small = ["--size", "96", "128", "--input", "64", "64", "--threads", "1"]
+    path = tmp_path / "memory.json"
+    results_memory.main([*small, "--cases", "labels alone", "--json", str(path)])
+    (figures,) = json.loads(path.read_text())["cases"].values()
+    assert figures["results"] == 96 * 128 * 4 and figures["added"] > 0
+    with pytest.raises(UserError, match="at least 64 pixels"):
+        results_memory.main(["--size", "96", "20"])

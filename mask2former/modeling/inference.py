@@ -254,7 +254,8 @@ class _PanopticSegments:
         count = len(self.queries)
         if not count:
             return
-        probabilities = probabilities[places]
+        if count < len(probabilities):  # else they are all there, in this order
+            probabilities = probabilities[places]
         winner = _first_of_best(self.scores[:, None, None] * probabilities)  # (R, W)
         inside = probabilities.gather(0, winner[None])[0] >= 0.5
         self.winner[rows] = winner.masked_fill(~inside, count)
