@@ -4,7 +4,8 @@ Letters: ``L`` predictions (decoder layers + 1), ``B`` batch, ``Q`` queries, ``K
 ``P`` points; ``H`` and ``W`` are the picture's padded size, masks have a quarter of it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ class Predictions(Mapping[str, Any]):
         self.class_logits = class_logits
         self.mask_embeddings = mask_embeddings
         self.mask_features = mask_features
-        self._features = mask_features.float().unbind(0)  # once: the backward of indexing fills a whole batch
 
     @staticmethod
     def from_outputs(outputs: "Predictions | Mapping[str, Any]") -> "Predictions":
@@ -67,6 +67,15 @@ class Predictions(Mapping[str, Any]):
                 for layer in range(len(self.class_logits) - 1)
             ]
         raise KeyError(key)
+
+    @cached_property
+    def _features(self) -> Sequence[Tensor]:
+        """Mask features in float32, picture by picture.
+
+        Split once, since the backward of indexing fills a whole batch; and not by the decoder, which torch.compile
+        would compile for this number of pictures alone.
+        """
+        return self.mask_features.float().unbind(0)
 
     @property
     def mask_size(self) -> tuple[int, int]:
