@@ -223,7 +223,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map pictures (B, in_channels, height, width) to (B, ceil(height / P), ceil(width / P), C)."""
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        right, bottom = (round_up(length, self.patch_size) - length for length in (width, height))
+        x = F.pad(x, (0, right, 0, bottom))
         return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
 
 
@@ -261,7 +262,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2C)."""
         x = pad_to_multiple(x, 2)
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, row, W/2, column, C)
+        x = x.unflatten(2, (x.shape[2] // 2, 2)).unflatten(1, (x.shape[1] // 2, 2))  # (B, H/2, row, W/2, column, C)
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C), the upper left cell first, then the lower left
         return self.reduction(self.norm(x))
 
@@ -383,7 +384,7 @@ def shift_mask(x: Tensor, window_size: int) -> Tensor:
     Two cells of a window get ``BLOCKED`` where such a seam lies between them, else 0.
     """
     shift = window_size // 2
-    height, width = (length + -length % window_size for length in x.shape[1:3])
+    height, width = (round_up(length, window_size) for length in x.shape[1:3])
     rolled_row = torch.arange(height, device=x.device) >= height - shift
     rolled_column = torch.arange(width, device=x.device) >= width - shift
     region = 2 * rolled_row[:, None].int() + rolled_column  # (H, W)
@@ -394,9 +395,8 @@ def shift_mask(x: Tensor, window_size: int) -> Tensor:
 
 def split_windows(x: Tensor, window_size: int) -> Tensor:
     """Cut maps (B, H, W, C) into windows (B*D, N, C), row by row."""
-    x = x.unflatten(2, (-1, window_size)).unflatten(
-        1, (-1, window_size)
-    )  # (B, rows of D, row, columns of D, column, C)
+    rows, columns = (length // window_size for length in x.shape[1:3])
+    x = x.unflatten(2, (columns, window_size)).unflatten(1, (rows, window_size))  # (B, rows, row, columns, column, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
@@ -409,8 +409,15 @@ def join_windows(windows: Tensor, height: int, width: int, window_size: int) -> 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros at the bottom and right of (B, H, W, C), up to H and W that are multiples of ``multiple``."""
-    bottom, right = (-length % multiple for length in x.shape[1:3])
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    bottom, right = (round_up(length, multiple) - length for length in x.shape[1:3])
+    if torch.compiler.is_compiling() or bottom or right:  # compiled, it would be one graph with and one without
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    return x
+
+
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple of ``multiple``. In this form torch.compile can simplify it where the length is a symbol."""
+    return (length + multiple - 1) // multiple * multiple
 
 
 def _position_embedding(channels: int, picture_size: int, patch_size: int) -> nn.Parameter:
