@@ -28,7 +28,6 @@ from machine import describe, peak_memory, processors
 from tabulate import tabulate
 from torch import Tensor
 
-from mask2former.allocator import keep_freed_memory
 from mask2former.engine import load_config
 from mask2former.errors import UserError, command
 from mask2former.modeling import Predictions
@@ -100,7 +99,6 @@ def _measure_in_another_process(case: str, args: argparse.Namespace) -> dict[str
 
 def _measure(args: argparse.Namespace) -> dict[str, float]:
     """Bytes that results add at the peak and take themselves, and seconds, in this process."""
-    keep_freed_memory()  # as the demo and train_net.py do
     torch.set_num_threads(args.threads)
     height, width = args.input
     model = _model(args.only)
