@@ -72,7 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=CASES,
         default=["labels", "labels alone", "panoptic"],
         help="semantic labels or scores, with panoptic and instance results or alone; panoptic results alone. "
-        "default: all but scores, which take 15 GB",
+        "default: all but scores, which add 10 GB",
     )
     add("--size", nargs=2, type=int, default=[4000, 5000], metavar="N", help="height and width of results; 4000 5000")
     add("--input", nargs=2, type=int, default=[1024, 1280], metavar="N", help="of what the network sees; 1024 1280")
