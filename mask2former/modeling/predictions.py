@@ -73,9 +73,10 @@ class Predictions(Mapping[str, Any]):
         """Mask features in float32, picture by picture.
 
         Split once, since the backward of indexing fills a whole batch; and not by the decoder, which torch.compile
-        would compile for this number of pictures alone.
+        would compile for this number of pictures alone. With gradients even if the matcher, which has none, is first.
         """
-        return self.mask_features.float().unbind(0)
+        with torch.enable_grad():
+            return self.mask_features.float().unbind(0)
 
     @property
     def mask_size(self) -> tuple[int, int]:
