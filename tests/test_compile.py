@@ -99,9 +99,10 @@ def tensors_of(predictions: Predictions) -> list[Tensor]:
 
 
 def test_compiled_in_place_by_inductor(dynamo: Any) -> None:
-    model = tiny_model().eval()
+    model = tiny_model(**{"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64}).eval()  # fewer kernels than R50
     names = list(model.state_dict())
-    pictures = [{"image": torch.randint(0, 256, (3, height, width))} for _, height, width in SHAPES[:2]]
+    # Not the smallest: torch takes another convolution, and another graph, for a few thousand numbers.
+    pictures = [{"image": torch.randint(0, 256, (3, height, width))} for _, height, width in SHAPES[1:]]
     with torch.inference_mode():
         expected = [model([picture])[0]["sem_seg"] for picture in pictures]
         for part in (model.backbone, model.sem_seg_head):
