@@ -114,6 +114,10 @@ class Ours:
     def __init__(self) -> None:
         self.model = _our_model()
 
+    def train(self) -> None:
+        """Training mode."""
+        self.model.train()
+
     def infer(self, picture: Tensor) -> Any:
         """All three results."""
         return self.model([{"image": picture}])
@@ -147,10 +151,13 @@ class HuggingFace:
             lambda mean, std, x: ((x - mean) / std)[None], ours.pixel_mean, ours.pixel_std
         )
         self.processor = transformers.Mask2FormerImageProcessor()
-        for module in self.model.modules():  # frozen in the recipe
+
+    def train(self) -> None:
+        """Training mode, but for the backbone's norms, which the recipe freezes."""
+        self.model.train()
+        for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
-                module.training = False
+                module.eval()
 
     def infer(self, picture: Tensor) -> Any:
         """All three results."""
@@ -262,7 +269,7 @@ def _work(side: Any, task: Task) -> Callable[[], Any]:
 
         return infer
 
-    side.model.train()
+    side.train()
     if task.work == "loss":
         predictions, objects = _predictions(task.size), _objects(task.size, LOSS_OBJECTS)
 
