@@ -111,7 +111,8 @@ def check_result(result: dict[str, Any], figures: Any, index: int) -> None:
         assert len(instances) == len(figures[f"scores_{index}"])
     if "instances" in result and len(result["instances"]):
         order = np.argsort(-figures[f"scores_{index}"], kind="stable")
-        assert_close(instances.scores, figures[f"scores_{index}"][order], 0.9, 1e-4, 0.05)
+        # Rounding (of convolutions that work channels last, say) moves a pixel of an attention mask now and then.
+        assert_close(instances.scores, figures[f"scores_{index}"][order], 0.9, 3e-4, 0.05)
         assert (instances.pred_classes.numpy() == figures[f"classes_{index}"][order]).mean() >= 0.95
         areas = instances.pred_masks.flatten(1).sum(1).numpy()
         published_areas = figures[f"mask_area_{index}"][order]

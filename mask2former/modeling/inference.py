@@ -186,8 +186,8 @@ def _first_of_best(values: Tensor) -> Tensor:
 
 
 def _areas(masks: Tensor) -> Tensor:
-    """Pixels (N) of bool masks (N, H, W), summed up from bytes: torch makes other numbers of bools first."""
-    return masks.view(torch.uint8).sum((1, 2), dtype=torch.int32)
+    """Pixels (N) of bool masks (N, H, W)."""
+    return masks.sum((1, 2), dtype=torch.int32)
 
 
 def semantic_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
@@ -206,9 +206,10 @@ class _SemanticScores:
     def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
         """Take in a strip."""
         scores = self.scores[:, rows].flatten(1)  # a view, because it is one piece of memory a class
-        if torch.is_grad_enabled() and (probabilities.requires_grad or self.class_probabilities.requires_grad):
+        with_gradients = probabilities.requires_grad or self.class_probabilities.requires_grad
+        if torch.jit.is_tracing() or (torch.is_grad_enabled() and with_gradients):
             scores.copy_(self.class_probabilities @ probabilities.flatten(1))
-        else:
+        else:  # faster, but nothing that gradients or a flop counter could follow
             torch.mm(self.class_probabilities, probabilities.flatten(1), out=scores)
 
     def finish(self, places: Tensor) -> Tensor:
