@@ -26,18 +26,9 @@ class FusedInputs(NamedTuple):
     attention_logits: Tensor
 
 
-def random_inputs(
-    batch: int = 2,
-    queries: int = 4,
-    heads: int = 2,
-    channels: int = 3,
-    points: int = 2,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    shapes: list[tuple[int, int]] = SHAPES,
-) -> Inputs:
-    """Locations of which some lie outside, none within 0.05 cells of where the gradient jumps; weights of sum 1."""
-    fused = random_fused_inputs(batch, queries, heads, channels, points, torch.float64, seed, shapes)
+def random_inputs(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, int]] = SHAPES, **problem: int) -> Inputs:
+    """What :func:`random_fused_inputs` makes, as locations, of which some lie outside, and weights of sum 1."""
+    fused = random_fused_inputs(dtype=torch.float64, shapes=shapes, **problem)
     sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float64).view(-1, 2).clamp(min=1)
     locations = fused.reference_points[:, :, None, :, None] + fused.sampling_offsets / sizes[:, None]
     logits = fused.attention_logits
@@ -55,7 +46,9 @@ def random_fused_inputs(
     seed: int = 0,
     shapes: list[tuple[int, int]] = SHAPES,
 ) -> FusedInputs:
-    """The same as reference points, one for all pictures, and offsets and logits."""
+    """Reference points, one for all pictures, offsets and logits; no sample is within 0.05 cells of where the
+    gradient jumps.
+    """
     generator = torch.Generator().manual_seed(seed)
     samples = (batch, queries, heads, len(shapes), points)
     value = torch.randn(batch, sum(h * w for h, w in shapes), heads, channels, dtype=torch.float64, generator=generator)
