@@ -254,6 +254,7 @@ def _predictions(size: tuple[int, int]) -> Predictions:
     logits, embeddings = (torch.randn(10, 1, 100, width, generator=generator) for width in (134, 256))
     coarse = torch.randn(1, 256, size[0] // 32, size[1] // 32, generator=generator) / 4
     features = nn.functional.interpolate(coarse, scale_factor=8, mode="bicubic")
+    features = features.contiguous(memory_format=torch.channels_last)  # as the pixel decoder makes them on a CPU
     return Predictions(logits.requires_grad_(), embeddings.requires_grad_(), features.requires_grad_())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mask2former.errors import UserError
 from mask2former.modeling import criterion as criterion_module
+from mask2former.modeling.points import sample_points
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
@@ -54,16 +55,15 @@ def test_points_of_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
         losses(build({f"{M}TRAIN_NUM_POINTS": 50, **values}))
         return float(np.mean([logits.abs().mean().item() for logits in drawn]))
 
-    def record(logits: Tensor, points: Tensor) -> Tensor:
-        values = sample(logits, points)
-        if logits.dtype == torch.float32 and logits.shape[-1] == 24:  # a mask of the model, at a quarter of the size
-            drawn.append(values)
-        return values
+    def record(mask_logits: Tensor, *settings: Any) -> Tensor:
+        points = choose(mask_logits, *settings)
+        drawn.append(sample_points(mask_logits, points))
+        return points
 
-    sample = criterion_module.sample_points_each
-    monkeypatch.setattr(criterion_module, "sample_points_each", record)
+    choose = criterion_module.uncertain_points
+    monkeypatch.setattr(criterion_module, "uncertain_points", record)
     usual = certainty_of({})
-    assert {logits.shape for logits in drawn} == {(2, 50)}
+    assert {logits.shape for logits in drawn} == {(6, 50)}
     assert certainty_of({f"{M}OVERSAMPLE_RATIO": 20.0}) < 0.9 * usual
     assert certainty_of({f"{M}IMPORTANCE_SAMPLE_RATIO": 0.0}) > 1.1 * usual
 

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.projects.point_rend.point_features import point_sample
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from tiny_nuclei_model import build_tiny_model
 from torch import Tensor
 
 from mask2former.modeling import HungarianMatcher, Predictions, SetCriterion
+from mask2former.modeling import points as points_module
 from mask2former.modeling.losses import cross_entropy_cost, cross_entropy_loss, dice_cost, dice_loss
-from mask2former.modeling.points import sample_points, sample_points_each, uncertain_points
+from mask2former.modeling.points import mask_logits_at_chosen_points, sample_masks, sample_points, uncertain_points
 from mask2former.modeling.targets import Targets, prepare_targets
 
 K, Q, C = 3, 6, 8
@@ -63,13 +65,48 @@ def test_costs_of_all_pairs_equal_the_losses_of_each() -> None:
 
 def test_masks_at_points_equal_points_of_masks() -> None:
     predictions = random_predictions()
-    points = torch.rand(30, 2) * 1.2 - 0.1  # some outside
+    points = torch.rand(30, 2) * 2.4 - 1.2  # some outside
     for image in range(2):
-        at_points = predictions.mask_logits_at(image, points)
-        for layer in range(2):
+        for layer, at_points in enumerate(predictions.mask_logits_at(image, points)):
             torch.testing.assert_close(
-                at_points[layer], sample_points(predictions.mask_logits(layer, image), points), atol=1e-4, rtol=1e-4
+                at_points, sample_points(predictions.mask_logits(layer, image), points), atol=1e-4, rtol=1e-4
             )
+
+
+def test_points_are_read_as_in_point_rend() -> None:
+    maps, points = torch.randn(3, 9, 7), torch.rand(3, 20, 2) * 1.2 - 0.1  # some outside
+    expected = point_sample(maps[:, None], points, align_corners=False)[:, 0]
+    torch.testing.assert_close(sample_points(maps, 2 * points - 1), expected)
+    torch.testing.assert_close(sample_points(maps, 2 * points[1] - 1)[1], expected[1])
+    masks = maps > 0
+    expected = point_sample(masks[:, None].float(), points, align_corners=False)[:, 0]
+    torch.testing.assert_close(sample_masks(masks, 2 * points - 1), expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("values_at_a_time", [1, 3 * 72, 1 << 22])
+def test_gradients_at_chosen_points_are_those_of_whole_masks(
+    channels_last: bool, values_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(points_module.VALUES_AT_A_TIME, "cpu", values_at_a_time)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = torch.randn(1, C, 8, 9, dtype=torch.float64).contiguous(memory_format=layout)[0].requires_grad_()
+    embeddings = torch.randn(7, C, dtype=torch.float64, requires_grad=True)
+    weights, points = torch.randn(7, 20, dtype=torch.float64), torch.rand(7, 20, 2, dtype=torch.float64) * 2.4 - 1.2
+    seen: list[Tensor] = []
+
+    def choose(masks: Tensor) -> Tensor:
+        seen.append(masks)
+        return points[sum(map(len, seen[:-1])) :][: len(masks)]
+
+    logits, chosen = mask_logits_at_chosen_points(embeddings, features, choose)
+    gradients = torch.autograd.grad((logits * weights).sum(), (embeddings, features))
+    whole = torch.einsum("nc,chw->nhw", embeddings, features)
+    expected = sample_points(whole, points)
+    torch.testing.assert_close(torch.cat(seen), whole)
+    torch.testing.assert_close((logits, chosen), (expected, points))
+    torch.testing.assert_close(gradients, torch.autograd.grad((expected * weights).sum(), (embeddings, features)))
+    assert gradients[1].stride() == features.stride()
 
 
 def test_predictions_read_as_the_published_dict_and_are_made_from_one() -> None:
@@ -82,12 +119,13 @@ def test_predictions_read_as_the_published_dict_and_are_made_from_one() -> None:
     dense = Predictions.from_outputs(dict(predictions))
     points, queries = torch.rand(9, 2), torch.tensor([[0, 3], [1, 1], [5, 2]])
     for image in range(2):
-        torch.testing.assert_close(
-            dense.mask_logits_at(image, points), predictions.mask_logits_at(image, points), atol=1e-5, rtol=1e-4
-        )
-        torch.testing.assert_close(
-            dense.matched_mask_logits(image, queries), predictions.matched_mask_logits(image, queries)
-        )
+        at_points = [list(kind.mask_logits_at(image, points)) for kind in (dense, predictions)]
+        torch.testing.assert_close(*at_points, atol=1e-5, rtol=1e-4)
+        chosen = [
+            kind.matched_logits_at_chosen_points(image, queries, lambda masks: points.expand(len(masks), -1, -1))
+            for kind in (dense, predictions)
+        ]
+        torch.testing.assert_close(*chosen, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(dense.last_layer()["pred_masks"], expected)
     assert dense.mask_size == predictions.mask_size == (8, 10)
     with pytest.raises(ValueError, match="pred_masks"):
@@ -99,8 +137,8 @@ def test_uncertain_points_lie_where_logits_are_near_zero() -> None:
     masks = (x * 20).expand(2, 64, 64)  # 0 in the middle column
     points = uncertain_points(masks, 100, oversample_ratio=3.0, importance_sample_ratio=0.75)
     assert points.shape == (2, 100, 2)
-    assert ((points >= 0) & (points <= 1)).all()
-    logits = sample_points_each(masks, points).abs()
+    assert (points.abs() <= 1).all()
+    logits = sample_points(masks, points).abs()
     assert logits[:, :75].max() < logits[:, 75:].max()
     assert logits[:, :75].mean() < 4
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .losses import cross_entropy_loss, dice_loss
 from .matcher import HungarianMatcher
-from .points import sample_points_each, uncertain_points
+from .points import sample_masks, uncertain_points
 from .predictions import Predictions
 from .targets import Targets
 
@@ -69,16 +69,19 @@ class SetCriterion(nn.Module):
             predictions = predictions.last_layer()
         matches = self.matcher(predictions, targets)
         num_objects = _mean_over_ranks(sum(len(target) for target in targets), predictions.class_logits.device)
-        last = len(predictions.class_logits) - 1
-        losses = {}
-        for layer, mask_logits in enumerate(_matched_masks(predictions, matches)):
-            layer_losses = {
-                "loss_ce": self._class_loss(predictions.class_logits[layer], targets, matches[layer]),
-                **self._mask_losses(mask_logits, targets, matches[layer], num_objects),
-            }
-            suffix = "" if layer == last else f"_{layer}"
-            losses.update({name + suffix: self.weights[name] * loss for name, loss in layer_losses.items()})
-        return losses
+        losses = {
+            "loss_ce": [
+                self._class_loss(logits, targets, layer_matches)
+                for logits, layer_matches in zip(predictions.class_logits, matches, strict=True)
+            ],
+            **{name: loss / num_objects for name, loss in self._mask_losses(predictions, targets, matches).items()},
+        }
+        last = len(matches) - 1
+        return {
+            name if layer == last else f"{name}_{layer}": self.weights[name] * losses[name][layer]
+            for layer in range(len(matches))
+            for name in losses
+        }
 
     def _class_loss(self, logits: Tensor, targets: Sequence[Targets], matches: Matches) -> Tensor:
         """Cross-entropy of logits (B, Q, K+1); a query without an object is to say "no object"."""
@@ -88,40 +91,30 @@ class SetCriterion(nn.Module):
         return F.cross_entropy(logits.float().transpose(1, 2), classes, self.empty_weight)
 
     def _mask_losses(
-        self, logits: Sequence[Tensor], targets: Sequence[Targets], matches: Matches, num_objects: float
+        self, predictions: Predictions, targets: Sequence[Targets], matches: Sequence[Matches]
     ) -> dict[str, Tensor]:
-        """Mask losses of a layer: of each picture, logits (n, H/4, W/4) of the matched queries."""
-        at_points = [
-            self._at_points(picture, target, objects)
-            for picture, target, (_, objects) in zip(logits, targets, matches, strict=True)
-        ]
-        point_logits, labels = (torch.cat(parts) for parts in zip(*at_points, strict=True))
-        with torch.autocast(point_logits.device.type, enabled=False):
-            return {
-                "loss_mask": cross_entropy_loss(point_logits, labels) / num_objects,
-                "loss_dice": dice_loss(point_logits, labels) / num_objects,
-            }
+        """Mask losses (L) of the layers, summed over all pairs."""
+        cross_entropy, dice = [], []
+        for image, target in enumerate(targets):
+            queries, objects = (torch.stack([layer[image][i] for layer in matches]) for i in range(2))  # (L, n)
+            logits, points = predictions.matched_logits_at_chosen_points(image, queries, self._choose_points)
+            labels = _labels_at(points, target, objects)
+            with torch.autocast(logits.device.type, enabled=False):
+                cross_entropy.append(cross_entropy_loss(logits, labels))
+                dice.append(dice_loss(logits, labels))
+        return {"loss_mask": torch.stack(cross_entropy).sum(0), "loss_dice": torch.stack(dice).sum(0)}
 
-    def _at_points(self, logits: Tensor, target: Targets, objects: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits and labels of a picture's n matched pairs, each at points of its own: (n, P)."""
-        if not len(logits):  # no pairs, and still a function of the predictions
-            nothing = logits.sum((1, 2))[:, None].expand(-1, self.num_points)
-            return nothing, nothing.detach()
-        masks = target.mask_values
-        if len(objects) < len(masks):
-            masks = masks[objects]
-        points = uncertain_points(logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
-        with torch.autocast(logits.device.type, enabled=False):
-            return sample_points_each(logits, points), sample_points_each(masks, points)
+    def _choose_points(self, mask_logits: Tensor) -> Tensor:
+        return uncertain_points(mask_logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
 
 
-def _matched_masks(predictions: Predictions, matches: Sequence[Matches]) -> list[tuple[Tensor, ...]]:
-    """For each layer, of each picture, the mask logits (n, H/4, W/4) of the matched queries."""
-    pictures = []
-    for image in range(len(matches[0])):
-        queries = torch.stack([layer_matches[image][0] for layer_matches in matches])  # (L, n)
-        pictures.append(predictions.matched_mask_logits(image, queries).unbind(0))
-    return list(zip(*pictures, strict=True))
+def _labels_at(points: Tensor, target: Targets, objects: Tensor) -> Tensor:
+    """Labels (L, n, P) of objects with indices (L, n), at points (L, n, P, 2)."""
+    if objects.shape[1] < len(target):  # each layer has left out others
+        return torch.stack([sample_masks(target.masks[o], p) for o, p in zip(objects, points, strict=True)])
+    # All layers have all objects, in the same order: those of a mask are sampled together.
+    labels = sample_masks(target.masks, points.transpose(0, 1).flatten(1, 2))  # (N, L * P)
+    return labels.unflatten(1, (len(points), -1)).transpose(0, 1)
 
 
 def _mean_over_ranks(count: int, device: torch.device) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .losses import cross_entropy_cost, dice_cost
-from .points import sample_points
+from .points import random_points, sample_masks
 from .predictions import Predictions
 from .targets import Targets
 
@@ -52,15 +52,14 @@ class HungarianMatcher(nn.Module):
 
     def _costs(self, predictions: Predictions, image: int, target: Targets) -> Tensor:
         """Costs (L, Q, N) of one picture."""
-        probabilities = predictions.class_logits[:, image].float().softmax(-1)
-        cost = -self.cost_class * probabilities[..., target.classes]
+        cost = -self.cost_class * predictions.class_logits[:, image].float().softmax(-1)[..., target.classes]
         if len(target):
-            points = torch.rand(self.num_points, 2, device=cost.device)
-            logits = predictions.mask_logits_at(image, points)  # (L, Q, P)
-            objects = sample_points(target.mask_values, points)  # (N, P)
-            with torch.autocast(cost.device.type, enabled=False):
-                cost = cost + self.cost_mask * cross_entropy_cost(logits, objects)
-                cost = cost + self.cost_dice * dice_cost(logits, objects)
+            points = random_points(self.num_points, device=cost.device)
+            objects = sample_masks(target.masks, points)  # (N, P)
+            for layer_cost, logits in zip(cost, predictions.mask_logits_at(image, points), strict=True):
+                with torch.autocast(cost.device.type, enabled=False):
+                    layer_cost += self.cost_mask * cross_entropy_cost(logits, objects)
+                    layer_cost += self.cost_dice * dice_cost(logits, objects)
         if not torch.isfinite(cost).all():
             raise FloatingPointError(f"the predictions for {target.name} are not finite: the training has diverged")
         return cost

@@ -4,14 +4,14 @@ Letters: ``L`` predictions (decoder layers + 1), ``B`` batch, ``Q`` queries, ``K
 ``P`` points; ``H`` and ``W`` are the picture's padded size, masks have a quarter of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .points import sample_points
+from .points import mask_logits_at_chosen_points, sample_points
 
 __all__ = ["DensePredictions", "Predictions"]
 
@@ -95,18 +95,33 @@ class Predictions(Mapping[str, Any]):
         with _full_precision(embeddings):
             return torch.einsum("qc,chw->qhw", embeddings.float(), self._features[image])
 
-    def matched_mask_logits(self, image: int, queries: Tensor) -> Tensor:
-        """Mask logits (L, N, H/4, W/4) in float32 of a picture's queries with indices (L, N)."""
-        layers = torch.arange(len(queries), device=queries.device)[:, None]
-        embeddings = self.mask_embeddings[layers, image, queries]  # (L, N, C)
-        with _full_precision(embeddings):
-            return torch.einsum("lqc,chw->lqhw", embeddings.float(), self._features[image])
+    def matched_logits_at_chosen_points(
+        self, image: int, queries: Tensor, choose: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Mask logits of a picture's queries at points that are chosen for each.
 
-    def mask_logits_at(self, image: int, points: Tensor) -> Tensor:
-        """Mask logits (L, Q, P) in float32 of a picture at (x, y) points (P, 2) in [0, 1], for all layers."""
+        Args:
+            image: the picture.
+            queries: indices (L, N) of queries in every layer.
+            choose: gives points (n, P, 2), as ``points`` has them, for mask logits (n, H/4, W/4).
+
+        Returns:
+            logits (L, N, P) in float32, and the points (L, N, P, 2).
+        """
+        layers = torch.arange(len(queries), device=queries.device)[:, None]
+        embeddings = self.mask_embeddings[layers, image, queries].flatten(0, 1).float()
+        with _full_precision(embeddings):
+            logits, points = mask_logits_at_chosen_points(embeddings, self._features[image], choose)
+        return logits.unflatten(0, queries.shape), points.unflatten(0, queries.shape)
+
+    def mask_logits_at(self, image: int, points: Tensor) -> Iterator[Tensor]:
+        """Mask logits (Q, P) in float32 of a picture at points (P, 2), as ``points`` has them, layer by layer."""
         with _full_precision(points):
             features = sample_points(self._features[image], points)  # (C, P)
-            return self.mask_embeddings[:, image].float() @ features
+        for embeddings in self.mask_embeddings[:, image].float():
+            with _full_precision(points):
+                logits = embeddings @ features
+            yield logits
 
     def _layer_masks(self, layer: int) -> Tensor:
         return torch.stack([self.mask_logits(layer, image) for image in range(self.class_logits.shape[1])])
@@ -135,13 +150,18 @@ class DensePredictions(Predictions):
         masks = self.masks[layer, image].float()
         return masks if queries is None else masks[queries]
 
-    def matched_mask_logits(self, image: int, queries: Tensor) -> Tensor:
+    def matched_logits_at_chosen_points(
+        self, image: int, queries: Tensor, choose: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         layers = torch.arange(len(queries), device=queries.device)[:, None]
-        return self.masks[layers, image, queries].float()
+        masks = self.masks[layers, image, queries].flatten(0, 1).float()
+        points = choose(masks)
+        logits = sample_points(masks, points) if len(masks) else masks.sum((1, 2))[:, None].expand(points.shape[:2])
+        return logits.unflatten(0, queries.shape), points.unflatten(0, queries.shape)
 
-    def mask_logits_at(self, image: int, points: Tensor) -> Tensor:
-        masks = self.masks[:, image].float()  # (L, Q, H/4, W/4)
-        return sample_points(masks.flatten(0, 1), points).unflatten(0, masks.shape[:2])
+    def mask_logits_at(self, image: int, points: Tensor) -> Iterator[Tensor]:
+        for masks in self.masks[:, image].float():
+            yield sample_points(masks, points)
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,11 +28,6 @@ class Targets:
 
     def __len__(self) -> int:
         return len(self.classes)
-
-    @cached_property
-    def mask_values(self) -> Tensor:
-        """The masks in float32, to sample from: made once for all that do."""
-        return self.masks.float()
 
 
 def prepare_targets(samples: Sequence[dict[str, Any]], size: tuple[int, int], device: torch.device) -> list[Targets]:

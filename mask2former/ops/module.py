@@ -73,13 +73,22 @@ class MSDeformAttn(nn.Module):
         Returns:
             (B, Q, C).
         """
-        batch, queries, _ = query.shape
+        return self.attend(query, reference_points, self.project(value, padding_mask), spatial_shapes)
+
+    def project(self, value: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Values (B, S, M, D) of all heads, the first half of :meth:`forward`."""
         projected = self.value_proj(value)
         if padding_mask is not None:
             projected = projected.masked_fill(padding_mask[..., None], 0.0)
-        projected = projected.unflatten(-1, (self.n_heads, -1))  # (B, S, M, D)
+        return projected.unflatten(-1, (self.n_heads, -1))
+
+    def attend(
+        self, query: Tensor, reference_points: Tensor, value: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """The second half of :meth:`forward`, for any part of the queries: ``value`` is what :meth:`project` made."""
+        batch, queries, _ = query.shape
         shape = (batch, queries, self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(*shape, 2)
         logits = self.attention_weights(query).view(shape)
-        output = ms_deform_attn_fused(projected, spatial_shapes, reference_points, offsets, logits)
+        output = ms_deform_attn_fused(value, spatial_shapes, reference_points, offsets, logits)
         return self.output_proj(output)

@@ -7,6 +7,7 @@ All You Need for Semantic Segmentation*, NeurIPS 2021, section 4.1. Letters: ``B
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -176,7 +177,7 @@ def output_conv(in_channels: int, out_channels: int, norm: Norm) -> Conv2d:
         padding=1,
         bias=norm == "",
         norm=get_norm(norm, out_channels),
-        activation=F.relu,
+        activation=torch.relu_,
     )
     weight_init.c2_xavier_fill(conv)
     return conv

@@ -22,7 +22,7 @@ from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv, pyramid_ar
 
 __all__ = ["MSDeformAttnPixelDecoder"]
 
-FEED_FORWARD_ROWS = 1024  # with 1024 hidden channels 4 MB in float32
+CHUNK_ROWS = 1024  # positions; with 1024 hidden channels 4 MB in float32
 
 
 class MSDeformAttnTransformerEncoderLayer(nn.Module):
@@ -42,16 +42,31 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        attended = self.self_attn(x + position, reference_points, x, spatial_shapes)
-        x = self.norm1(x + self.dropout(attended))
-        return self.norm2(x + self.dropout(self._feed_forward(x)))
+        value = self.self_attn.project(x)
+        chunks = _chunks(x)
+        if torch.is_grad_enabled():  # the gradient of the values is made for all queries at once
+            attended = _chunks(self.self_attn.attend(x + position, reference_points, value, spatial_shapes))
+        else:
+            attended = [
+                self.self_attn.attend(some + its_position, its_points, value, spatial_shapes)
+                for some, its_position, its_points in zip(
+                    chunks, _chunks(position), _chunks(reference_points), strict=True
+                )
+            ]
+        encoded = [self._after_attention(*pair) for pair in zip(chunks, attended, strict=True)]
+        return encoded[0] if len(encoded) == 1 else torch.cat(encoded, dim=1)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        """The two linear layers on (B, S, C); without gradients some rows at a time, which then stay in the cache."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-            return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
-        rows = x.flatten(0, 1).split(FEED_FORWARD_ROWS)
-        return torch.cat([self.linear2(self.linear1(some).relu_()) for some in rows]).view_as(x)
+    def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))
+
+
+def _chunks(x: Tensor) -> Sequence[Tensor]:
+    """Tensors (B, S, ...) of some positions each on a CPU, so that what is made of them stays in its cache."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return (x,)
+    return x.split(CHUNK_ROWS, dim=1)
 
 
 class MSDeformAttnTransformerEncoder(nn.Module):
@@ -113,7 +128,7 @@ class MSDeformAttnTransformer(nn.Module):
         )  # (1, S, C)
         x = self.encoder(x, position, spatial_shapes)
         levels = x.split([height * width for height, width in spatial_shapes], dim=1)
-        return [level.transpose(1, 2).unflatten(-1, shape) for level, shape in zip(levels, spatial_shapes, strict=True)]
+        return [level.unflatten(1, shape).permute(0, 3, 1, 2) for level, shape in zip(levels, spatial_shapes, strict=True)]
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
