@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mask2former.errors import UserError
 from mask2former.modeling import TRANSFORMER_DECODER_REGISTRY, MultiScaleMaskedTransformerDecoder
+from mask2former.modeling.pixel_decoder import msdeformattn
 from mask2former.modeling.pixel_decoder.msdeformattn import cell_centres
 from mask2former.modeling.position_encoding import PositionEmbeddingSine
 from mask2former.modeling.transformer_decoder.layers import MultiheadAttention
@@ -66,6 +67,29 @@ def test_cell_centres_are_x_then_y() -> None:
     assert centres.shape == (1, 10, 2, 2)
     assert centres[0, 1, 0].tolist() == pytest.approx([1.5 / 4, 0.5 / 2])
     assert centres[0, 9, 1].tolist() == pytest.approx([0.75, 0.5])
+
+
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_encoder_layer_in_chunks_equals_the_formula(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(msdeformattn, "CHUNK_ROWS", rows)
+    layer = msdeformattn.MSDeformAttnTransformerEncoderLayer(32, 48, 0.0, n_levels=2, n_heads=4, n_points=3)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    shapes = [(2, 3), (4, 6)]
+    x, position = torch.randn(2, 30, 32, requires_grad=True), torch.randn(1, 30, 32, requires_grad=True)
+    points = cell_centres(shapes, x.device)
+
+    y = layer.norm1(x + layer.self_attn(x + position, points, x, shapes))
+    expected = layer.norm2(y + layer.linear2(F.relu(layer.linear1(y))))
+    inputs = (x, position, *layer.parameters())
+    ours = layer(x, position, points, shapes)
+    torch.testing.assert_close(ours, expected)
+    for gradient, its_expected in zip(
+        *(torch.autograd.grad(result.square().sum(), inputs) for result in (ours, expected)), strict=True
+    ):
+        torch.testing.assert_close(gradient, its_expected, atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x, position, points, shapes), expected)
 
 
 def test_wrong_numbers_of_maps_and_layers_are_named() -> None:

@@ -52,6 +52,16 @@ def test_changes_count_at_once() -> None:
     assert not torch.allclose(before, conv(x))
 
 
+def test_scaled_weights_are_made_again_for_the_backward_pass() -> None:
+    conv = convolution(activation=False)
+    fold_frozen_norms(conv)
+    node = conv(torch.randn(1, 4, 8, 8)).grad_fn
+    scaled, again = node._saved_weight, node._saved_weight
+    assert scaled.data_ptr() != again.data_ptr()  # each is a new one
+    scale = conv.norm.weight * (conv.norm.running_var + conv.norm.eps).rsqrt()
+    torch.testing.assert_close(scaled, conv.weight * scale[:, None, None, None])
+
+
 def test_hooks_on_a_norm_see_its_work() -> None:
     conv = convolution()
     fold_frozen_norms(conv)

@@ -69,19 +69,17 @@ class SetCriterion(nn.Module):
             predictions = predictions.last_layer()
         matches = self.matcher(predictions, targets)
         num_objects = _mean_over_ranks(sum(len(target) for target in targets), predictions.class_logits.device)
-        losses = {
-            "loss_ce": [
-                self._class_loss(logits, targets, layer_matches)
-                for logits, layer_matches in zip(predictions.class_logits, matches, strict=True)
-            ],
-            **{name: loss / num_objects for name, loss in self._mask_losses(predictions, targets, matches).items()},
-        }
+        mask_losses = self._mask_losses(predictions, targets, matches)
         last = len(matches) - 1
-        return {
-            name if layer == last else f"{name}_{layer}": self.weights[name] * losses[name][layer]
-            for layer in range(len(matches))
-            for name in losses
-        }
+        losses = {}
+        for layer, logits in enumerate(predictions.class_logits):
+            layer_losses = {
+                "loss_ce": self._class_loss(logits, targets, matches[layer]),
+                **{name: loss[layer] / num_objects for name, loss in mask_losses.items()},
+            }
+            suffix = "" if layer == last else f"_{layer}"
+            losses.update({name + suffix: self.weights[name] * loss for name, loss in layer_losses.items()})
+        return losses
 
     def _class_loss(self, logits: Tensor, targets: Sequence[Targets], matches: Matches) -> Tensor:
         """Cross-entropy of logits (B, Q, K+1); a query without an object is to say "no object"."""

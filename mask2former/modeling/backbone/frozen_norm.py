@@ -1,5 +1,10 @@
 """Convolutions that do the work of the frozen batch norm behind them."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
@@ -27,6 +32,28 @@ class _ConvWithFrozenNorm(Conv2d):
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        weight = self.weight * scale[:, None, None, None]
-        x = F.conv2d(x, weight, norm.bias - mean * scale, self.stride, self.padding, self.dilation, self.groups)
+        with _made_again_for_backward(lambda: self.weight * scale[:, None, None, None]) as weight:
+            x = F.conv2d(x, weight, norm.bias - mean * scale, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+
+@contextmanager
+def _made_again_for_backward(make: Callable[[], Tensor]) -> Iterator[Tensor]:
+    """A tensor, which functions in the block do not keep for their gradients: it is made once more then.
+
+    All scaled weights would take as much memory as the backbone's own.
+    """
+    made = make()
+    if not (torch.is_grad_enabled() and made.requires_grad) or torch.compiler.is_compiling():
+        yield made
+        return
+    address, layout = made.data_ptr(), (made.shape, made.stride())
+
+    def pack(x: Tensor) -> Any:
+        return make if x.data_ptr() == address and (x.shape, x.stride()) == layout else x
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else make()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield made

@@ -14,6 +14,7 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from fvcore.nn import weight_init
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import UserError
 from ...ops import MSDeformAttn
@@ -58,15 +59,27 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
 
     def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        return self.norm2(x + self.dropout(self._feed_forward(x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if not _is_plain_cpu(x) or not torch.is_grad_enabled():
+            return self._two_linear_layers(x)
+        # What is between the two layers is the largest part of what gradients would keep, and made again quickly.
+        return checkpoint(
+            self._two_linear_layers, x, use_reentrant=False, preserve_rng_state=self.dropout.p > 0 and self.training
+        )
+
+    def _two_linear_layers(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:
     """Tensors (B, S, ...) of some positions each on a CPU, so that what is made of them stays in its cache."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return (x,)
-    return x.split(CHUNK_ROWS, dim=1)
+    return x.split(CHUNK_ROWS, dim=1) if _is_plain_cpu(x) else (x,)
+
+
+def _is_plain_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 class MSDeformAttnTransformerEncoder(nn.Module):
@@ -128,7 +141,9 @@ class MSDeformAttnTransformer(nn.Module):
         )  # (1, S, C)
         x = self.encoder(x, position, spatial_shapes)
         levels = x.split([height * width for height, width in spatial_shapes], dim=1)
-        return [level.unflatten(1, shape).permute(0, 3, 1, 2) for level, shape in zip(levels, spatial_shapes, strict=True)]
+        return [
+            level.unflatten(1, shape).permute(0, 3, 1, 2) for level, shape in zip(levels, spatial_shapes, strict=True)
+        ]
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
