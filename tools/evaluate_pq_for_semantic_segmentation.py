@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mask2former.data import load_dataset
 from mask2former.errors import UserError, command
 from mask2former.evaluation.semantic import paint_predictions, read_truth
-from mask2former.evaluation.semantic_quality import QualityResults, SemanticQuality
+from mask2former.evaluation.semantic_quality import SemanticQuality, SemanticResults
 from mask2former.evaluation.truth import read_json
 
 Prediction = dict[str, Any]  # category_id, as the data set's files have it, and segmentation, run lengths
@@ -89,13 +89,14 @@ def _read_predictions(path: str, dataset_name: str, known: Mapping[str, str]) ->
     return by_picture
 
 
-def _show(results: QualityResults, metadata: Metadata, *, per_class: bool) -> None:
+def _show(results: SemanticResults, metadata: Metadata, *, per_class: bool) -> None:
     if per_class:
         rows = zip(metadata.stuff_classes, results.pq, results.sq, results.rq, results.iou, strict=True)
         _print_table(["class", "PQ", "SQ", "RQ", "IoU"], [list(row) for row in rows])
         print()
     means = [results.mean(metric) for metric in ("pq", "sq", "rq")]
-    _print_table(["", "PQ", "SQ", "RQ", "mIoU", "classes"], [["all", *means, results.mean_iou, results.num_classes]])
+    row = ["all", *means, results.mean_iou, int(results.found.sum())]
+    _print_table(["", "PQ", "SQ", "RQ", "mIoU", "classes"], [row])
 
 
 def _print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

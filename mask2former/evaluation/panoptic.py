@@ -1,48 +1,61 @@
 """Panoptic quality (Kirillov et al., "Panoptic Segmentation", 2019) on data sets in COCO's panoptic format."""
 
-import io
-import itertools
 import json
 import logging
-import tempfile
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.evaluation import COCOPanopticEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from hotcoco.panoptic import PanopticEval
-from PIL import Image
 from tabulate import tabulate
 
 from ..errors import UserError
-from .truth import check_size, read_json
+from .panoptic_quality import VOID, Overlaps, SegmentCounts, TruthSegment, count_overlaps, count_segments
+from .quality import Quality
+from .truth import compare_sizes, read_json, read_segment_ids
 
 __all__ = ["PanopticEvaluator"]
 
 logger = logging.getLogger(__name__)
 
-# Detectron2's suffix of a result's name, for each group of categories.
-GROUPS = {"All": "", "Things": "_th", "Stuff": "_st"}
 METRICS = ("pq", "sq", "rq")
+
+
+class Truth(NamedTuple):
+    """A picture's ground truth: the name of its PNG, and its segments by their ids there."""
+
+    file_name: str
+    segments: dict[int, TruthSegment]
+
+
+class Judged(NamedTuple):
+    """A predicted picture: its segments as files have them, and the counts of each category."""
+
+    segments_info: list[dict[str, int]]
+    counts: dict[int, SegmentCounts]
 
 
 class PanopticEvaluator(COCOPanopticEvaluator):
     """PQ, SQ and RQ over all, thing and stuff categories, in percent, as Detectron2's evaluator names them.
 
-    The arithmetic is hotcoco's, which needs no ``panopticapi``. All pictures of the data set's panoptic
-    JSON must have been predicted. A group of which no category is in the ground truth or the
+    Each picture is compared with its ground truth in the background, while the model is at the next ones, from memory:
+    without files of predictions or ``panopticapi``. All pictures of the data set's panoptic JSON must have been
+    predicted; one that several ranks predicted counts once. A group of which no category is in the ground truth or the
     predictions scores NaN.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+    def __init__(self, dataset_name: str, output_dir: str | None = None, *, threads: int = 2) -> None:
         """
         Args:
             dataset_name: its metadata has ``panoptic_json``, ``panoptic_root`` and the dictionaries from
                 dataset to contiguous ids of things and stuff.
             output_dir: gets ``predictions.json``, in COCO's panoptic result format.
+            threads: in which pictures are compared, one in each.
 
         Raises:
             UserError: the panoptic JSON can't be read, or has segments of a category that it does not list.
@@ -52,21 +65,27 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         truth = read_json(f"panoptic annotations of data set '{dataset_name}'", self._metadata.panoptic_json)
         self._images = truth["images"]
         self._categories = truth["categories"]
-        self._truth_files = {a["image_id"]: a["file_name"] for a in truth["annotations"]}
-        self._check_categories(truth["annotations"])
-
-    def _check_categories(self, annotations: list[dict[str, Any]]) -> None:
+        self._things = np.array([bool(category["isthing"]) for category in self._categories])
         known = {category["id"] for category in self._categories}
-        for annotation in annotations:
-            for segment in annotation["segments_info"]:
-                if segment["category_id"] not in known:
-                    raise UserError(
-                        f"{self._metadata.panoptic_json}: segment {segment['id']} of {annotation['file_name']} has "
-                        f"category_id {segment['category_id']}, which is not in its categories"
-                    )
+        self._truth = {a["image_id"]: Truth(a["file_name"], self._segments(a, known)) for a in truth["annotations"]}
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads)
+
+    def _segments(self, annotation: dict[str, Any], categories: set[int]) -> dict[int, TruthSegment]:
+        for segment in annotation["segments_info"]:
+            if segment["category_id"] not in categories:
+                raise UserError(
+                    f"{self._metadata.panoptic_json}: segment {segment['id']} of {annotation['file_name']} has "
+                    f"category_id {segment['category_id']}, which is not in its categories"
+                )
+        return {
+            s["id"]: TruthSegment(s["category_id"], bool(s.get("iscrowd", 0)), s.get("area", 0))
+            for s in annotation["segments_info"]
+        }
 
     def reset(self) -> None:
-        self._predictions: list[dict[str, Any]] = []
+        self._judged: dict[Any, Judged] = {}  # by the pictures' ids
+        self._pending: deque[tuple[Any, Future[Judged]]] = deque()
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Take in a batch: ``outputs[i]["panoptic_seg"]`` = ((H, W) segment ids, 0 = none; list of segments).
@@ -75,24 +94,34 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         does not have are left out.
         """
         for picture, output in zip(inputs, outputs, strict=True):
-            file_name = self._truth_files.get(picture["image_id"])
-            if file_name is None:
+            truth = self._truth.get(picture["image_id"])
+            if truth is None:
                 continue
-            segment_ids = output["panoptic_seg"][0].cpu().numpy()
-            truth_file = str(Path(self._metadata.panoptic_root) / file_name)
-            check_size(picture["file_name"], truth_file, segment_ids.shape)
-            self._predictions.append(
-                {
-                    "image_id": picture["image_id"],
-                    "file_name": file_name,
-                    "png_string": _to_png(segment_ids),
-                    "segments_info": self._segments_info(segment_ids, output["panoptic_seg"][1]),
-                }
-            )
+            ids, segments = output["panoptic_seg"]
+            # Copies, because the outputs are the caller's again after this.
+            given = ids.to("cpu", copy=True).numpy(), [dict(segment) for segment in segments]
+            future = self._pool.submit(self._judge, picture["file_name"], truth, *given)
+            self._pending.append((picture["image_id"], future))
+            self._collect(leave=self._threads)
 
-    def _segments_info(self, segment_ids: np.ndarray, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _collect(self, leave: int) -> None:
+        """Wait for the oldest pictures until only ``leave`` are pending; their errors are raised here."""
+        while len(self._pending) > leave:
+            image_id, future = self._pending.popleft()
+            self._judged[image_id] = future.result()
+
+    def _judge(self, name: str, truth: Truth, ids: np.ndarray, segments: list[dict[str, Any]]) -> Judged:
+        truth_file = str(Path(self._metadata.panoptic_root) / truth.file_name)
+        truth_ids = read_segment_ids(truth_file)
+        compare_sizes(name, truth_file, ids.shape, truth_ids.shape)
+        overlaps = count_overlaps(truth_ids, ids)
+        segments_info = self._segments_info(overlaps, segments)
+        categories = {segment["id"]: segment["category_id"] for segment in segments_info}
+        return Judged(segments_info, count_segments(overlaps, truth.segments, categories))
+
+    def _segments_info(self, overlaps: Overlaps, segments: list[dict[str, Any]]) -> list[dict[str, int]]:
         """The segments with dataset ids. One without a pixel is left out: the file format forbids it."""
-        seen = set(np.flatnonzero(np.bincount(segment_ids.ravel())).tolist()) - {0}
+        seen = {predicted_id for _, predicted_id in overlaps} - {VOID}
         unknown = seen - {segment["id"] for segment in segments}
         if unknown:
             raise ValueError(f"panoptic_seg has pixels of segments {sorted(unknown)}, which its list of segments lacks")
@@ -121,90 +150,76 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         Raises:
             UserError: a picture of the panoptic JSON was not predicted.
         """
+        self._collect(leave=0)
         comm.synchronize()
-        gathered = comm.gather(self._predictions)
+        gathered = comm.gather(self._judged)
         if not comm.is_main_process():
             return None
-        self._predictions = list(itertools.chain.from_iterable(gathered))
+        # A sampler may give a picture to several ranks, to give all the same number.
+        self._judged = {image_id: judged for part in gathered for image_id, judged in part.items()}
         self._check_complete()
-        quality = self._quality()
-        logger.info("Panoptic quality on %s:\n%s", self._name, _group_table(quality))
+        if self._output_dir:
+            self._write_predictions()
+        quality = self.quality()
+        # Detectron2's suffix of a result's name, and which categories a group has.
+        groups = {"All": ("", self._things | True), "Things": ("_th", self._things), "Stuff": ("_st", ~self._things)}
+        logger.info("Panoptic quality on %s:\n%s", self._name, _group_table(quality, groups))
         logger.info("Panoptic quality by category:\n%s", _category_table(quality, self._categories))
         return {
             "panoptic_seg": {
-                metric.upper() + suffix: _percent(quality[group], metric)
-                for group, suffix in GROUPS.items()
+                metric.upper() + suffix: quality.mean(metric, among)
+                for suffix, among in groups.values()
                 for metric in METRICS
             }
         }
 
     def _check_complete(self) -> None:
-        missing = self._truth_files.keys() - {p["image_id"] for p in self._predictions}
+        missing = self._truth.keys() - self._judged.keys()
         if missing:
             first = min(missing)
             raise UserError(
-                f"no panoptic prediction for {self._truth_files[first]} (image_id {first}) and "
+                f"no panoptic prediction for {self._truth[first].file_name} (image_id {first}) and "
                 f"{len(missing) - 1} other pictures of {self._metadata.panoptic_json}: "
-                f"evaluation needs all {len(self._truth_files)} of them"
+                f"evaluation needs all {len(self._truth)} of them"
             )
 
-    def _quality(self) -> dict[str, Any]:
-        """hotcoco's results: {"All" | "Things" | "Stuff": {"pq", "sq", "rq", "n"}, "per_class": {id: {...}}}."""
-        with tempfile.TemporaryDirectory(prefix="panoptic_eval") as folder:
-            annotations = []
-            for prediction in self._predictions:
-                path = Path(folder) / prediction["file_name"]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(prediction["png_string"])
-                annotations.append({k: prediction[k] for k in ("image_id", "file_name", "segments_info")})
-            if self._output_dir:
-                content = {"images": self._images, "categories": self._categories, "annotations": annotations}
-                with PathManager.open(f"{self._output_dir}/predictions.json", "w") as file:
-                    json.dump(content, file)
-            truth = read_json("panoptic annotations", self._metadata.panoptic_json)
-            evaluation = PanopticEval(
-                self._numbered(truth["annotations"]),
-                self._numbered(annotations),
-                gt_folder=PathManager.get_local_path(self._metadata.panoptic_root),
-                pred_folder=folder,
-            )
-            evaluation.evaluate()
-            return evaluation.results()
+    def _write_predictions(self) -> None:
+        annotations = [
+            {"image_id": image_id, "file_name": self._truth[image_id].file_name, "segments_info": judged.segments_info}
+            for image_id, judged in self._judged.items()
+        ]
+        content = {"images": self._images, "categories": self._categories, "annotations": annotations}
+        with PathManager.open(f"{self._output_dir}/predictions.json", "w") as file:
+            json.dump(content, file)
 
-    def _numbered(self, annotations: list[dict[str, Any]]) -> dict[str, Any]:
-        """COCO's panoptic format with numbers for ids of pictures: hotcoco takes no names, as in ADE20K, for them."""
-        numbers = {image_id: number for number, image_id in enumerate(self._truth_files)}
-        return {
-            "images": [{**image, "id": numbers[image["id"]]} for image in self._images if image["id"] in numbers],
-            "annotations": [{**annotation, "image_id": numbers[annotation["image_id"]]} for annotation in annotations],
-            "categories": self._categories,
-        }
+    def quality(self) -> Quality:
+        """The figures of the JSON's categories, in their order, after ``evaluate`` on the main process."""
+        total: dict[int, SegmentCounts] = defaultdict(SegmentCounts)
+        for image_id in self._truth:  # in one order, whichever rank had a picture, for the same sums
+            for category, counts in self._judged[image_id].counts.items():
+                total[category] += counts
+        of_categories = [total[category["id"]] for category in self._categories]
+        return Quality.from_counts(
+            iou_sum=np.array([counts.iou_sum for counts in of_categories]),
+            matched=np.array([counts.matched for counts in of_categories]),
+            missed=np.array([counts.missed for counts in of_categories]),
+            wrong=np.array([counts.wrong for counts in of_categories]),
+        )
 
 
-def _to_png(segment_ids: np.ndarray) -> bytes:
-    """The (H, W) ids as COCO's panoptic PNG: id = red + 256 * green + 256**2 * blue."""
-    colors = np.stack([segment_ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
-    with io.BytesIO() as out:
-        Image.fromarray(colors).save(out, format="PNG")
-        return out.getvalue()
-
-
-def _percent(values: dict[str, float], metric: str) -> float:
-    # hotcoco marks what can't be computed with -1.
-    return 100 * values[metric] if values[metric] >= 0 else float("nan")
-
-
-def _group_table(quality: dict[str, Any]) -> str:
-    rows = [[group, *(_percent(quality[group], m) for m in METRICS), quality[group]["n"]] for group in GROUPS]
+def _group_table(quality: Quality, groups: dict[str, tuple[str, np.ndarray]]) -> str:
+    rows = [
+        [name, *(quality.mean(metric, among) for metric in METRICS), int((quality.found & among).sum())]
+        for name, (_, among) in groups.items()
+    ]
     return tabulate(rows, headers=["", "PQ", "SQ", "RQ", "#categories"], tablefmt="pipe", floatfmt=".3f")
 
 
-def _category_table(quality: dict[str, Any], categories: list[dict[str, Any]]) -> str:
+def _category_table(quality: Quality, categories: list[dict[str, Any]]) -> str:
     """One row for each category that is in the ground truth or in the predictions."""
-    names = {category["id"]: category["name"] for category in categories}
     rows = [
-        [names[category], *(_percent(values, metric) for metric in METRICS)]
-        for category, values in quality["per_class"].items()
-        if values["tp"] + values["fp"] + values["fn"]
+        [category["name"], *row]
+        for category, found, *row in zip(categories, quality.found, quality.pq, quality.sq, quality.rq, strict=True)
+        if found
     ]
     return tabulate(rows, headers=["category", "PQ", "SQ", "RQ"], tablefmt="pipe", floatfmt=".3f")

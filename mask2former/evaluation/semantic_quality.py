@@ -4,28 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["SemanticQuality"]
+from .quality import Quality
+
+__all__ = ["SemanticQuality", "SemanticResults"]
 
 
 @dataclass(frozen=True)
-class QualityResults:
-    """Figures in percent; those of each class (K) are NaN where there is none of it.
+class SemanticResults(Quality):
+    """With the IoU of each class (K), NaN for those that the truth lacks, and the mean of the others."""
 
-    ``num_classes`` have segments in truth or predictions; the means of PQ, SQ and RQ are over these, the mean IoU over
-    the classes of the truth.
-    """
-
-    pq: np.ndarray
-    sq: np.ndarray
-    rq: np.ndarray
     iou: np.ndarray
-    num_classes: int
     mean_iou: float
-
-    def mean(self, metric: str) -> float:
-        """Of "pq", "sq" or "rq", over the classes that are found."""
-        values = getattr(self, metric)
-        return float(np.nanmean(values)) if self.num_classes else float("nan")
 
 
 class SemanticQuality:
@@ -60,18 +49,13 @@ class SemanticQuality:
         self._wrong += (in_prediction > 0) & ~matched & (2 * without_truth <= in_prediction)
         self._confusion += classes
 
-    def results(self) -> QualityResults:
+    def results(self) -> SemanticResults:
         """The figures of all pictures so far."""
-        found = self._matched + self._missed + self._wrong > 0
-        weights = self._matched + (self._missed + self._wrong) / 2
-        nothing = np.full(self.num_classes, np.nan)
-        pq = np.divide(self._iou_sum, weights, out=nothing.copy(), where=found)
-        sq = np.where(found, self._iou_sum / np.maximum(self._matched, 1), np.nan)
-        rq = np.divide(self._matched, weights, out=nothing.copy(), where=found)
-
+        quality = Quality.from_counts(self._iou_sum, self._matched, self._missed, self._wrong)
         both = self._confusion.diagonal()
         in_truth, in_prediction = self._confusion.sum(axis=1), self._confusion.sum(axis=0)
         # As Detectron2's evaluator has it: over the classes of the truth.
-        iou = np.divide(both, in_truth + in_prediction - both, out=nothing.copy(), where=in_truth > 0)
+        nothing = np.full(self.num_classes, np.nan)
+        iou = 100 * np.divide(both, in_truth + in_prediction - both, out=nothing, where=in_truth > 0)
         mean_iou = float(np.nanmean(iou)) if in_truth.any() else float("nan")
-        return QualityResults(100 * pq, 100 * sq, 100 * rq, 100 * iou, int(found.sum()), 100 * mean_iou)
+        return SemanticResults(quality.pq, quality.sq, quality.rq, iou, mean_iou)
