@@ -1,4 +1,4 @@
-"""The benchmarks of deformable attention and of the model on tiny pictures."""
+"""The benchmarks on tiny pictures, or few."""
 
 import json
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from scripts import load_script
+from tiny_dataset import tiny_dataset
 
 from mask2former.errors import UserError
 from mask2former.ops.extension import KERNELS, reason
@@ -182,3 +183,59 @@ def test_memory_of_results(repository: Path, monkeypatch: pytest.MonkeyPatch, tm
     assert figures["results"] == 96 * 128 * 4 and figures["added"] > 0
     with pytest.raises(UserError, match="at least 64 pixels"):
         results_memory.main(["--size", "96", "20"])
+
+
+@pytest.fixture
+def panoptic_evaluation(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("panopticapi", reason="needs panopticapi: pip install --no-deps panopticapi-lite")
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    threads = torch.get_num_threads()
+    yield load_script(repository / "benchmarks" / "panoptic_evaluation.py")
+    torch.set_num_threads(threads)
+
+
+def test_panoptic_evaluation(
+    panoptic_evaluation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "panoptic.json"
+    panoptic_evaluation.main(["--pictures", "4", "--rounds", "2", "--threads", "1", "2", "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert "4 pictures of 480 x 640 pixels; the figures are equal" in printed
+    written = json.loads(path.read_text())
+    assert written["pictures"] == 4 and [result["threads"] for result in written["results"]] == [1, 2]
+    for result in written["results"]:
+        assert all(min(seconds) > 0 for side in ("ours", "panopticapi") for seconds in result[side])
+        assert len(result["ours"]) == len(result["panopticapi"]) == 2
+
+
+def test_panoptic_evaluation_of_a_data_set(
+    panoptic_evaluation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tiny_dataset(tmp_path / "tiny") as names:
+        panoptic_evaluation.main(["--dataset", names.panoptic, "--pictures", "3", "--rounds", "1", "--threads", "1"])
+    assert "3 pictures of tiny_panoptic; the figures are equal" in capsys.readouterr().out
+    for arguments, message in (
+        (["--dataset", "coco_2017_val"], "'coco_2017_val' is no registered panoptic data set"),
+        (["--dataset", "nowhere"], "'nowhere' is no registered panoptic data set"),
+        (["--threads", "2", "0"], "--threads is 0, expected at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            panoptic_evaluation.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "message"), [("groups", "PQ_st", "PQ_st is 12.5"), ("categories", (7, 1), r"number \[7\] differ")]
+)
+def test_another_panoptic_quality_is_an_error(
+    panoptic_evaluation: ModuleType, monkeypatch: pytest.MonkeyPatch, part: str, key: Any, message: str
+) -> None:
+    ours = panoptic_evaluation._ours
+
+    def spoilt(*given: Any) -> Any:
+        figures, seconds = ours(*given)
+        getattr(figures, part)[key] = 12.5
+        return figures, seconds
+
+    monkeypatch.setattr(panoptic_evaluation, "_ours", spoilt)
+    with pytest.raises(RuntimeError, match=message):
+        panoptic_evaluation.main(["--pictures", "3", "--rounds", "1", "--threads", "1"])
