@@ -94,6 +94,22 @@ def test_head_has_one_graph_for_all_sizes(dynamo: Any, name: str) -> None:
     compare(model.sem_seg_head, features, tensors_of, dynamo)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_head_in_bfloat16_has_one_graph(dynamo: Any, name: str) -> None:
+    head = tiny_model(**HEADS[name]).eval().sem_seg_head
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for batch, height, width in SHAPES:
+            features = {
+                feature: torch.randn(batch, 16 * stride // 4, height // stride, width // stride, dtype=torch.bfloat16)
+                for feature, stride in STRIDES.items()
+            }
+            ours, expected = tensors_of(compiled(features)), tensors_of(head(features))
+            torch.testing.assert_close(ours, expected)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not dynamo.utils.counters["graph_break"]
+
+
 def tensors_of(predictions: Predictions) -> list[Tensor]:
     return [predictions.class_logits, predictions.mask_embeddings, predictions.mask_features]
 

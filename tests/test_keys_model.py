@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mask2former.errors import UserError
 from mask2former.modeling import criterion as criterion_module
+from mask2former.modeling import precision
 from mask2former.modeling.points import sample_points
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
@@ -343,6 +344,24 @@ def test_semantic_labels(tile_size: int) -> None:
     scores, labels = semantic(False), semantic(True)
     assert scores.shape == (2, 70, 100) and scores.is_floating_point()
     assert labels.dtype == torch.int32 and torch.equal(labels.long(), scores.argmax(0))
+
+
+@effect_of(f"{M}TEST.BFLOAT16")
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dtype_of_features(bfloat16: bool) -> torch.dtype:
+        model = build({f"{M}TEST.BFLOAT16": bfloat16}).eval()
+        seen = []
+        model.backbone.register_forward_hook(lambda module, inputs, output: seen.append(output["res5"].dtype))
+        with torch.no_grad():
+            model([picture()])
+        return seen[0]
+
+    monkeypatch.setattr(precision, "_cpu_has_units", lambda: True)
+    assert dtype_of_features(False) == torch.float32
+    assert dtype_of_features(True) == torch.bfloat16
+    monkeypatch.setattr(precision, "_cpu_has_units", lambda: False)
+    with pytest.raises(UserError, match=r"MODEL.MASK_FORMER.TEST.BFLOAT16 needs .*: set it to False"):
+        dtype_of_features(True)
 
 
 @effect_of("TEST.DETECTIONS_PER_IMAGE")

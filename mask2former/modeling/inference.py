@@ -42,6 +42,7 @@ class InferenceSettings:
         tile_size: side of the tiles in pixels of the network's input; 0: whole pictures.
         tile_overlap: pixels shared by neighbouring tiles.
         tile_batch_size: tiles that go through the network together.
+        bfloat16: backbone and head compute in bfloat16 where that costs little; results stay float32.
     """
 
     semantic_on: bool = True
@@ -58,6 +59,7 @@ class InferenceSettings:
     tile_size: int = 0
     tile_overlap: int = 128
     tile_batch_size: int = 4
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if self.thing_classes is not None:  # a LazyConfig gives a list
@@ -89,6 +91,7 @@ class InferenceSettings:
             tile_size=test.TILE_SIZE,
             tile_overlap=test.TILE_OVERLAP,
             tile_batch_size=test.TILE_BATCH_SIZE,
+            bfloat16=test.BFLOAT16,
         )
 
     def is_thing(self, category: int) -> bool:

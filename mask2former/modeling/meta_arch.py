@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .backbone.frozen_norm import fold_frozen_norms
 from .criterion import SetCriterion
 from .inference import InferenceSettings, postprocess
 from .matcher import HungarianMatcher
+from .precision import bfloat16_inference, require_bfloat16
 from .targets import prepare_targets
 from .tiling import TiledInference, tile_windows
 
@@ -109,6 +110,8 @@ class MaskFormer(nn.Module):
             :func:`inference.postprocess` describes it; where inference is in tiles,
             ``pred_masks`` is a ``CroppedMasks``.
         """
+        if self.inference.bfloat16:  # in training too, where it would else come out at the first evaluation
+            require_bfloat16(self.device)
         if self.training:
             images = self.preprocess(batched_inputs)
             targets = prepare_targets(batched_inputs, images.tensor.shape[-2:], self.device)
@@ -151,7 +154,9 @@ class MaskFormer(nn.Module):
         x = images.tensor
         if x.device.type == "cpu":  # a fifth faster than channels first, where convolutions reorder their input
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.sem_seg_head(self.backbone(x))
+        bfloat16 = self.inference.bfloat16 and not self.training
+        with bfloat16_inference(self.device) if bfloat16 else nullcontext():
+            return self.sem_seg_head(self.backbone(x))
 
     def _segment_in_tiles(self, picture: Tensor, size: tuple[int, int]) -> dict[str, Any]:
         settings = self.inference
