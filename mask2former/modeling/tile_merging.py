@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ..structures import CroppedMasks
-from .mask_nms import intersection, mask_iou, suppress
+from .mask_nms import NearbyMasks, intersection, mask_iou, suppress
 
 __all__ = ["TileInstances", "Window", "merge_tiles"]
 
@@ -139,21 +141,29 @@ def _leave_out_covered(whole: TileInstances, parts: TileInstances) -> TileInstan
 
 def _join_parts(parts: TileInstances) -> TileInstances:
     """Join parts of one class that agree where their tiles overlap."""
-    group = list(range(len(parts)))  # the first part of the object that each belongs to
+    if not len(parts):
+        return parts
+    earlier = NearbyMasks(parts.masks, parts.classes)
+    pairs = []
     for second in range(len(parts)):
-        for first in range(second):
-            if group[first] != group[second] and _agree(parts, first, second):
-                old, new = sorted((group[first], group[second]), reverse=True)
-                group = [new if g == old else g for g in group]
+        pairs += [(first, second) for first in earlier.near(second) if _agree(parts, first, second)]
+        earlier.add(second)
     members: dict[int, list[int]] = {}
-    for index, g in enumerate(group):
-        members.setdefault(g, []).append(index)
-    objects = [_union(parts[torch.tensor(indices)]) for indices in members.values()]
-    return TileInstances.cat(objects) if objects else parts
+    for index, group in enumerate(_connected(len(parts), pairs)):
+        members.setdefault(group, []).append(index)
+    return TileInstances.cat([_union(parts[torch.tensor(indices)]) for indices in members.values()])
+
+
+def _connected(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """For each of ``count`` indices a number, the same for two that pairs connect, if only through others."""
+    first, second = zip(*pairs, strict=True) if pairs else ((), ())
+    graph = coo_array(([True] * len(pairs), (first, second)), shape=(count, count))
+    return connected_components(graph, directed=False)[1].tolist()
 
 
 def _agree(parts: TileInstances, i: int, j: int) -> bool:
-    if parts.classes[i] != parts.classes[j] or parts.windows[i] == parts.windows[j]:
+    """Whether two parts are from different tiles and much the same where these overlap."""
+    if parts.windows[i] == parts.windows[j]:
         return False
     shared = parts.windows[i] & parts.windows[j]
     if shared.y0 >= shared.y1 or shared.x0 >= shared.x1:

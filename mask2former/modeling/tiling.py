@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..structures import CroppedMasks
-from .inference import InferenceSettings, MaskQuality, best_classes, instance_candidates, semantic_scores
+from .inference import InferenceSettings, MaskQuality, instance_candidates, semantic_scores
 from .predictions import Predictions
 from .tile_merging import TileInstances, Window, merge_tiles
 
@@ -50,11 +50,10 @@ class TiledInference:
         self.size = size
         self.settings = settings
         self._found: list[TileInstances] = []
-        self._scores: Tensor | None = None  # (K, H, W), weighted sum over tiles
-        self._weights = torch.zeros(size)
+        self._semantic: _SemanticMean | None = None
 
     def add(self, tile: Window, predictions: Predictions, image: int, padded_size: tuple[int, int]) -> None:
-        """Take in one tile.
+        """Take in one tile; they come from top to bottom, as :func:`tile_windows` has them.
 
         Args:
             tile: where it lies in the input.
@@ -79,10 +78,11 @@ class TiledInference:
         """Results as :func:`inference.postprocess` describes them, ``pred_masks`` a ``CroppedMasks``."""
         results: dict[str, Any] = {}
         found = merge_tiles(self._found, self.settings.mask_nms_threshold) if self._found else None
-        if self._scores is not None:
-            self._scores /= self._weights
-        if self.settings.semantic_on and self._scores is not None:
-            results["sem_seg"] = best_classes(self._scores) if self.settings.semantic_labels else self._scores
+        if self._semantic is not None:
+            self._semantic.finish()
+        if self.settings.semantic_on and self._semantic is not None:
+            labels = self.settings.semantic_labels
+            results["sem_seg"] = self._semantic.best()[1] if labels else self._semantic.scores()
         if self.settings.panoptic_on and found is not None:
             results["panoptic_seg"] = self._panoptic(found)
         if self.settings.instance_on and found is not None:
@@ -112,15 +112,13 @@ class TiledInference:
 
     def _add_semantic(self, tile: Window, window: Window, scores: Tensor) -> None:
         """Add a tile's scores, with less weight towards its inner borders."""
-        if self._scores is None:
-            self._scores = torch.zeros(len(scores), *self.size)
+        if self._semantic is None:
+            keep_scores = self.settings.semantic_on and not self.settings.semantic_labels
+            self._semantic = _SemanticMean(len(scores), self.size, keep_scores)
         height, width = self.size
         rows = self._ramp(window.y0, window.y1, height, tile.y1 - tile.y0)
         columns = self._ramp(window.x0, window.x1, width, tile.x1 - tile.x0)
-        weights = rows[:, None] * columns
-        region = (slice(window.y0, window.y1), slice(window.x0, window.x1))
-        self._scores[(slice(None), *region)] += scores * weights
-        self._weights[region] += weights
+        self._semantic.add(window, scores, rows[:, None] * columns)
 
     def _ramp(self, start: int, stop: int, length: int, tile_length: int) -> Tensor:
         """Weights in (0, 1] that rise over the overlap from the window's inner ends."""
@@ -171,7 +169,7 @@ class TiledInference:
 
     def _panoptic(self, found: TileInstances) -> tuple[Tensor, list[dict[str, Any]]]:
         """Things from the instances, best first; stuff from the semantic scores where no thing is."""
-        assert self._scores is not None
+        assert self._semantic is not None
         panoptic = torch.zeros(self.size, dtype=torch.int32)
         segments: list[dict[str, Any]] = []
         for index, (category, score) in enumerate(
@@ -188,7 +186,7 @@ class TiledInference:
                 continue
             segments.append({"id": len(segments) + 1, "isthing": True, "category_id": category, "score": score})
             region[visible] = len(segments)
-        best, winner = self._scores.max(0)
+        best, winner = self._semantic.best()
         free = panoptic == 0
         for category in winner[free].unique().tolist():
             if self.settings.is_thing(category):
@@ -198,3 +196,70 @@ class TiledInference:
             segments.append({"id": len(segments) + 1, "isthing": False, "category_id": category, "score": score})
             panoptic[area] = len(segments)
         return panoptic, segments
+
+
+class _SemanticMean:
+    """Weighted mean of the class scores of tiles.
+
+    Where only best classes are asked for, scores are kept for those rows alone that tiles still reach: these come from
+    top to bottom.
+
+    Args:
+        num_classes: K.
+        size: (height, width) of the picture.
+        keep_scores: whether all scores are kept.
+    """
+
+    def __init__(self, num_classes: int, size: tuple[int, int], keep_scores: bool) -> None:
+        self._keep_scores = keep_scores
+        self._start = 0  # the first row of the sums
+        rows = size[0] if keep_scores else 0
+        self._sums = torch.zeros(num_classes, rows, size[1])
+        self._weights = torch.zeros(rows, size[1])
+        if not keep_scores:
+            self._best = torch.zeros(size)
+            self._labels = torch.zeros(size, dtype=torch.int32)
+
+    def add(self, window: Window, scores: Tensor, weights: Tensor) -> None:
+        """Add scores (K, h, w) in a window of the picture with weights (h, w)."""
+        if not self._keep_scores:
+            self._move(window.y0, window.y1)
+        region = (slice(window.y0 - self._start, window.y1 - self._start), slice(window.x0, window.x1))
+        self._sums[(slice(None), *region)] += scores * weights
+        self._weights[region] += weights
+
+    def finish(self) -> None:
+        """Take the mean; all tiles are there."""
+        if self._keep_scores:
+            self._sums /= self._weights
+        else:
+            self._complete(len(self._weights))
+
+    def scores(self) -> Tensor:
+        """Mean scores (K, H, W), if they were kept."""
+        return self._sums
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The highest mean score (H, W) and its class (H, W) int32, the first of equal ones."""
+        if not self._keep_scores:
+            return self._best, self._labels
+        best, labels = self._sums.max(0)
+        return best, labels.int()
+
+    def _move(self, start: int, stop: int) -> None:
+        """Make the sums those of rows from ``start`` to ``stop`` or further; rows above ``start`` are complete."""
+        if start < self._start:
+            raise ValueError(f"tiles must come from top to bottom, but one starts at row {start}, above {self._start}")
+        complete, missing = start - self._start, stop - self._start - len(self._weights)
+        if not complete and missing <= 0:
+            return
+        self._complete(complete)
+        padding = (0, 0, 0, max(missing, 0))
+        self._sums = F.pad(self._sums[:, complete:], padding)
+        self._weights = F.pad(self._weights[complete:], padding)
+        self._start = start
+
+    def _complete(self, rows: int) -> None:
+        """Find the best classes of the first rows of the sums."""
+        done = slice(self._start, self._start + rows)
+        self._best[done], self._labels[done] = (self._sums[:, :rows] / self._weights[:rows]).max(0)
