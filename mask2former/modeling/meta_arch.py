@@ -118,10 +118,7 @@ class MaskFormer(nn.Module):
             return self.criterion(self._predict(images), targets)
         sizes = [(x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2])) for x in batched_inputs]
         if self.inference.tile_size:
-            return [
-                self._segment_in_tiles(self._normalize(x["image"]), size)
-                for x, size in zip(batched_inputs, sizes, strict=True)
-            ]
+            return [self._segment_in_tiles(x["image"], size) for x, size in zip(batched_inputs, sizes, strict=True)]
         images = self.preprocess(batched_inputs)
         predictions = self._predict(images)
         padded_size = images.tensor.shape[-2:]
@@ -165,7 +162,8 @@ class MaskFormer(nn.Module):
         windows = tile_windows(input_size, settings.tile_size, settings.tile_overlap)
         for start in range(0, len(windows), settings.tile_batch_size):
             batch = windows[start : start + settings.tile_batch_size]
-            images = self._batch([picture[:, w.y0 : w.y1, w.x0 : w.x1] for w in batch])
+            # Normalised one by one: a large picture of 8 bits a channel would take four times its memory.
+            images = self._batch([self._normalize(picture[:, w.y0 : w.y1, w.x0 : w.x1]) for w in batch])
             predictions = self._predict(images)
             for index, window in enumerate(batch):
                 tiled.add(window, predictions, index, images.tensor.shape[-2:])
