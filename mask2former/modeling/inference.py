@@ -135,7 +135,7 @@ def postprocess(
 
     wanted = torch.cat([class_logits.new_zeros(0, dtype=torch.int64), *(x.queries for x in results.values())]).unique()
     places = {name: torch.searchsorted(wanted, result.queries) for name, result in results.items()}
-    logits = predictions.mask_logits(-1, image, wanted)
+    logits = predictions.mask_logits(-1, image, wanted if len(wanted) < len(class_logits) else None)
     last_sizes = (padded_size, padded_size) if sums_first else (image_size, size)
     for rows, strip in mask_strips(logits, padded_size, *last_sizes):
         probabilities = strip.sigmoid()

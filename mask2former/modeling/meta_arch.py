@@ -120,11 +120,12 @@ class MaskFormer(nn.Module):
         if self.inference.tile_size:
             return [self._segment_in_tiles(x["image"], size) for x, size in zip(batched_inputs, sizes, strict=True)]
         images = self.preprocess(batched_inputs)
-        predictions = self._predict(images)
-        padded_size = images.tensor.shape[-2:]
+        padded_size, image_sizes = images.tensor.shape[-2:], images.image_sizes
+        predictions = self._predict(images).masks_of_last_layer()
+        del images  # results are large: nothing that they don't need is kept beside them
         return [
             postprocess(predictions, index, (padded_size, image_size, size), self.inference)
-            for index, (image_size, size) in enumerate(zip(images.image_sizes, sizes, strict=True))
+            for index, (image_size, size) in enumerate(zip(image_sizes, sizes, strict=True))
         ]
 
     @contextmanager

@@ -87,6 +87,12 @@ class Predictions(Mapping[str, Any]):
         """The last layer's predictions alone."""
         return Predictions(self.class_logits[-1:], self.mask_embeddings[-1:], self.mask_features)
 
+    def masks_of_last_layer(self) -> "Predictions":
+        """The last layer's predictions with whole masks, in place of mask features that have more channels."""
+        if self.mask_features.shape[1] <= self.class_logits.shape[2]:
+            return self.last_layer()
+        return DensePredictions(self.class_logits[-1:], self["pred_masks"][None])
+
     def mask_logits(self, layer: int, image: int, queries: Tensor | None = None) -> Tensor:
         """Mask logits (N, H/4, W/4) in float32 of a picture's queries: of all, or of those with indices (N)."""
         embeddings = self.mask_embeddings[layer, image]
@@ -145,6 +151,9 @@ class DensePredictions(Predictions):
 
     def last_layer(self) -> "Predictions":
         return DensePredictions(self.class_logits[-1:], self.masks[-1:])
+
+    def masks_of_last_layer(self) -> "Predictions":
+        return self.last_layer()
 
     def mask_logits(self, layer: int, image: int, queries: Tensor | None = None) -> Tensor:
         masks = self.masks[layer, image].float()
