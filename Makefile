@@ -40,10 +40,15 @@ lint: setup-dev ## Check formatting, rules and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: setup-dev ## Measure the model, deformable attention and, on COCO in DETECTRON2_DATASETS, data loading
-	$(PY) $(QUIET) benchmarks/model.py
-	$(PY) $(QUIET) benchmarks/ms_deform_attn.py
-	$(PY) $(QUIET) benchmarks/mappers.py
+# Ten minutes on two cores; each program has a longer run of its own.
+bench: BENCH := output/benchmarks
+bench: setup-dev ## Measure model, deformable attention and, on COCO in DETECTRON2_DATASETS, data loading
+	@mkdir -p $(BENCH)
+	$(PY) $(QUIET) benchmarks/model.py --json $(BENCH)/model.json --plot $(BENCH)/model.png
+	$(PY) $(QUIET) benchmarks/results_memory.py --cases labels --json $(BENCH)/results_memory.json
+	$(PY) $(QUIET) benchmarks/ms_deform_attn.py --sizes 256 512 --rounds 2 --json $(BENCH)/ms_deform_attn.json
+	$(if $(wildcard $(DATASETS)/coco/annotations),$(PY) $(QUIET) benchmarks/mappers.py --rounds 2 \
+	  --json $(BENCH)/mappers.json,@echo 'Data loading is not measured: there is no COCO in $(DATASETS)')
 
 train-nuclei: nuclei-given setup ## Train the model of the demo anew: make train-nuclei NUCLEI=<folder of the data set>
 	$(if $(NUCLEI),$(PY) datasets/prepare_nuclei.py --input '$(NUCLEI)' --output '$(DATASETS)/nuclei')

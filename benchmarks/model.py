@@ -1,57 +1,67 @@
 #!/usr/bin/env python
-"""How long the whole model takes and what memory it needs, beside Hugging Face's Mask2Former.
+"""How long the whole model takes and what memory it needs, beside Hugging Face's Mask2Former and the work it does.
 
-Both have the R50 of COCO panoptic with the same weights, threads, dtype and picture, and take turns in one process.
-Class and mask logits are compared first (inference), or the losses (training), and a difference is an error. A training
-step is forward, loss, backward, clipping and AdamW. "loss" is matching, the losses of ten layers and their backward
-alone. Memory is measured in a process of its own for each.
+Both have the R50 of COCO panoptic with the same weights, threads, dtype and pictures, and take turns in one process.
+What they give is compared first, and a difference is an error. --work says what is measured:
 
-The floor is what the model's matrix products and convolutions take at the speed of this machine's best large matrix
-product, measured in the same run.
+inference: semantic labels, panoptic and instance results of a picture of 800 x 1088, with class scores of a model that
+  finds 25 objects; ours with semantic scores, too. Hugging Face's post-processing resizes masks to 384 x 384 first,
+  which is less work and another result.
+training: forward, loss, backward, clipping and AdamW.
+loss: matching, losses of ten layers with 50 masks, and their backward alone. Hugging Face's is given whole masks, the
+  making of which is its decoder's; ours makes those that it needs.
+points: memory of a training step, beside that of one with losses on whole masks (full_mask_losses.py).
+growth: time of inference at other sizes and numbers of queries, and of the loss of other numbers of masks.
+
+Memory is what the work adds at its peak to the weights (and the optimizer's state), in a process for each model. The
+floor is what matrix products, convolutions and attention would take at the speed of the run's best large matrix
+product.
+
+Hugging Face's model gets "sdpa" attention if it takes it. In transformers 5.24 it does not: its masked attention is
+torch's nn.MultiheadAttention, which makes all weights.
 
 examples:
-  python benchmarks/model.py
-  python benchmarks/model.py --work inference --rounds 7 --json model.json
+  python benchmarks/model.py --json model.json --plot model.png
+  python benchmarks/model.py --work inference --rounds 7
   python benchmarks/model.py --work training --sizes 256 512 --threads 1
+  python benchmarks/model.py --quick
 """
 
 import argparse
+import copy
 import functools
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Instances
+from full_mask_losses import FullMaskCriterion
 from machine import describe, peak_memory, processors
+from model_growth import SERIES, Point, draw, growth_rows, sides_of
+from model_parts import flop_counter, metered
+from model_sides import Task, make_sides, random_picture, transformers, work_of
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from mask2former.checkpoint import write_hugging_face
-from mask2former.engine import load_config
 from mask2former.errors import UserError, command
-from mask2former.modeling import Predictions, meta_arch
-from mask2former.modeling.targets import Targets
 
-RECIPE = "configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
-ROOT = Path(__file__).resolve().parent.parent
-INFERENCE_SIZE = (800, 1088)
-OBJECTS = 10
-LOSS_OBJECTS = 50
-WORK = ("inference", "training", "loss")
-SIDES = ("ours", "huggingface")
+WORK = ("inference", "training", "loss", "points", "growth")
+# Of each kind of work, the sides that take turns and those whose memory is measured.
+TIMED = {
+    "inference": ("ours", "ours, scores", "huggingface"),
+    "training": ("ours", "huggingface"),
+    "loss": ("ours", "huggingface"),
+}
+WEIGHED = {**TIMED, "points": ("ours", "full masks")}
+SMALL = 128  # the side of pictures that warm up a process for memory
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,298 +69,170 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        print(json.dumps(_added_memory(args)))
+        for task in args.tasks:
+            print(json.dumps({"added": _added_memory(args.memory_of, Task.from_json(task))}), flush=True)
         return
-    machine = describe([args.threads], transformers=_transformers().__version__)
-    results: list[Result] = []
+    machine = describe([args.threads], transformers=transformers().__version__)
+    tasks = _tasks(args)
+    results: dict[Task, Result] = {}
     try:
-        for task in _tasks(args):
-            results.append(_measure(task, args))
+        for work, names in TIMED.items():
+            for task in tasks.get(work, ()):
+                results[task] = _take_turns(task, names, args)
+        _weigh(tasks, results, args.threads)
+        for series in SERIES:
+            for task in tasks.get(series, ()):
+                if not (task in results and results[task].seconds):
+                    results[task] = _take_turns(task, sides_of(task), args, brief=True)
     finally:  # Ctrl-C keeps what was measured before
         if results:
-            _report(results, machine, args)
+            _report(tasks, results, machine, args)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--work", nargs="+", choices=WORK, default=list(WORK), help="default: all")
-    add("--sizes", nargs="+", type=int, default=[512, 1024], metavar="N", help="sides of training pictures; 512 1024")
+    add(
+        "--sizes",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="sides of training pictures, the largest for loss and points as well; default: 512 1024",
+    )
     add("--threads", type=int, default=processors(), metavar="N", help="default: the number of processors")
-    add("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    add(
+        "--rounds", type=int, metavar="N", help="default: 3, or 2 of more than half a minute; of growth 1 if it is long"
+    )
+    add("--quick", action="store_true", help="small pictures and one round: a minute, to see that it runs")
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    add("--memory-of", choices=SIDES, metavar="NAME", help="only say what memory the work adds, in this process")
+    add("--plot", type=Path, metavar="FILE", help=f"draw growth; {', '.join(PLOT_FORMATS)}")
+    add("--memory-of", metavar="NAME", help="only say what memory this one adds with each of --tasks, in this process")
+    add("--tasks", nargs="+", metavar="JSON", help="for --memory-of")
     args = parser.parse_args(arguments)
+    args.sizes = sorted(set(args.sizes or ([64] if args.quick else [512, 1024])))
     for option in ("threads", "rounds"):
-        if getattr(args, option) < 1:
+        if getattr(args, option) is not None and getattr(args, option) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}, expected at least 1")
     if min(args.sizes) < 64:
         raise UserError(f"--sizes has {min(args.sizes)}, expected at least 64")
+    for path in filter(None, (args.json, args.plot)):
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"'{path}' can't be written: there is no folder '{path.parent}'")
+    if args.plot and args.plot.suffix not in PLOT_FORMATS:
+        raise UserError(f"--plot is '{args.plot}', expected a name that ends in {', '.join(PLOT_FORMATS)}")
+    if args.plot and "growth" not in args.work:
+        raise UserError("--plot draws growth, which --work leaves out")
     return args
 
 
-# -------------------------------------------------------------------------------------------- the two models
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("there is nothing to compare with: pip install transformers") from error
-    return transformers
-
-
-def _our_model() -> Any:
-    torch.manual_seed(0)
-    test = [f"MODEL.MASK_FORMER.TEST.{name}_ON" for name in ("SEMANTIC", "PANOPTIC", "INSTANCE")]
-    options = [word for name in test for word in (name, "True")]
-    cfg = load_config(str(ROOT / RECIPE), [*options, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
-    return build_model(cfg)
-
-
-class Ours:
-    """This project's model."""
-
-    def __init__(self) -> None:
-        self.model = _our_model()
-
-    def train(self) -> None:
-        """Training mode."""
-        self.model.train()
-
-    def infer(self, picture: Tensor) -> Any:
-        """All three results."""
-        return self.model([{"image": picture}])
-
-    def logits(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """Class and mask logits."""
-        images = self.model.preprocess([{"image": picture}])
-        predictions = self.model.sem_seg_head(self.model.backbone(images.tensor))
-        return predictions["pred_logits"], predictions["pred_masks"]
-
-    def loss(self, picture: Tensor, classes: Tensor, masks: Tensor) -> Tensor:
-        """The sum of all losses."""
-        instances = Instances((picture.shape[-2], picture.shape[-1]), gt_classes=classes, gt_masks=BitMasks(masks))
-        return sum(self.model([{"image": picture, "instances": instances}]).values())
-
-    def loss_of(self, predictions: Predictions, classes: Tensor, masks: Tensor) -> Tensor:
-        """The sum of all losses of given predictions."""
-        return sum(self.model.criterion(predictions, [Targets(classes, masks)]).values())
-
-
-class HuggingFace:
-    """The port in transformers, with the weights of ``ours``."""
-
-    def __init__(self, ours: nn.Module) -> None:
-        transformers = _transformers()
-        with tempfile.TemporaryDirectory() as folder:
-            write_hugging_face(ours.state_dict(), folder)
-            kind = transformers.Mask2FormerForUniversalSegmentation
-            self.model = kind.from_pretrained(folder)
-        self.normalize = functools.partial(
-            lambda mean, std, x: ((x - mean) / std)[None], ours.pixel_mean, ours.pixel_std
-        )
-        self.processor = transformers.Mask2FormerImageProcessor()
-
-    def train(self) -> None:
-        """Training mode, but for the backbone's norms, which the recipe freezes."""
-        self.model.train()
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-
-    def infer(self, picture: Tensor) -> Any:
-        """All three results."""
-        outputs = self.model(pixel_values=self.normalize(picture))
-        size = [tuple(picture.shape[-2:])]
-        return (
-            self.processor.post_process_semantic_segmentation(outputs, target_sizes=size),
-            self.processor.post_process_panoptic_segmentation(outputs, target_sizes=size, label_ids_to_fuse=set()),
-            self.processor.post_process_instance_segmentation(outputs, target_sizes=size, return_binary_maps=True),
-        )
-
-    def logits(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """Class and mask logits."""
-        outputs = self.model(pixel_values=self.normalize(picture))
-        return outputs.class_queries_logits, outputs.masks_queries_logits
-
-    def loss(self, picture: Tensor, classes: Tensor, masks: Tensor) -> Tensor:
-        """The sum of all losses."""
-        normal = self.normalize(picture)
-        return self.model(pixel_values=normal, mask_labels=[masks.float()], class_labels=[classes]).loss
-
-    def loss_of(self, predictions: Predictions, classes: Tensor, masks: Tensor) -> Tensor:
-        """The sum of all losses of given predictions, whose masks it is given whole, as its decoder makes them."""
-        whole = torch.einsum(
-            "lbqc,bchw->lbqhw", predictions.mask_embeddings.detach(), predictions.mask_features.detach()
-        )
-        *others, last = zip(whole.requires_grad_(), predictions.class_logits, strict=True)
-        names = ("masks_queries_logits", "class_queries_logits")
-        auxiliary = [dict(zip(names, layer, strict=True)) for layer in others]
-        losses = self.model.get_loss_dict(*last, [masks.float()], [classes], auxiliary)
-        return self.model.get_loss(losses)
+def _tasks(args: argparse.Namespace) -> dict[str, list[Task]]:
+    """What is measured for each kind of work, and for each series of growth."""
+    largest = (args.sizes[-1], args.sizes[-1])
+    tasks = {
+        "inference": [Task("inference", (128, 160) if args.quick else (800, 1088))],
+        "training": [Task("training", (side, side)) for side in args.sizes],
+        "loss": [Task("loss", largest, objects=50)],
+        "points": [Task("training", largest, objects=count) for count in (10, 50)],
+    }
+    tasks = {work: some for work, some in tasks.items() if work in args.work}
+    if "growth" in args.work:
+        tasks |= {name: series.tasks(args.sizes[-1], args.quick) for name, series in SERIES.items()}
+    return tasks
 
 
 # -------------------------------------------------------------------------------------------- what is measured
 
 
-@dataclass(frozen=True)
-class Task:
-    """``inference``, ``training`` or ``loss`` for pictures of one size."""
-
-    work: str
-    size: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-        return f"{self.work}, {self.size[0]} x {self.size[1]}"
-
-
 @dataclass
 class Result:
-    """Seconds of each side and round; bytes that the work adds; what the floor is made of."""
+    """Of each side, seconds of each round and bytes that it adds; of each part of ours, seconds and GFLOP."""
 
     task: Task
-    seconds: dict[str, list[float]]
-    memory: dict[str, float]
-    parts: dict[str, float]
-    gigaflop: float
-    sgemm: float
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    part_seconds: dict[str, float] = field(default_factory=dict)
+    part_gigaflop: dict[str, float] = field(default_factory=dict)
+    sgemm: float = 0.0  # GFLOP/s, measured before
 
-    def ratios(self) -> list[float]:
-        """How many times as long the other takes, in each round."""
-        return [theirs / ours for ours, theirs in zip(self.seconds["ours"], self.seconds["huggingface"], strict=True)]
+    @property
+    def gigaflop(self) -> float:
+        """The work of all parts."""
+        return sum(self.part_gigaflop.values())
 
+    def median(self, side: str) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds[side])
 
-def _tasks(args: argparse.Namespace) -> Iterator[Task]:
-    if "inference" in args.work:
-        yield Task("inference", INFERENCE_SIZE)
-    if "training" in args.work:
-        yield from (Task("training", (size, size)) for size in args.sizes)
-    if "loss" in args.work:
-        yield Task("loss", (max(args.sizes), max(args.sizes)))
-
-
-def _picture(size: tuple[int, int]) -> Tensor:
-    """Smooth random colours: noise alone would be told apart by rounding."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(1, 3, size[0] // 16, size[1] // 16, generator=generator)
-    return 255 * nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)[0]
+    def ratios(self, side: str) -> list[float]:
+        """How many times as long Hugging Face's model takes, in each round."""
+        return [b / a for a, b in zip(self.seconds[side], self.seconds["huggingface"], strict=True)]
 
 
-def _objects(size: tuple[int, int], count: int = OBJECTS) -> tuple[Tensor, Tensor]:
-    """Classes (N) and masks (N, H, W) of ellipses."""
-    random = np.random.default_rng(0)
-    y, x = np.mgrid[: size[0], : size[1]] / np.array(size).reshape(2, 1, 1)
-    place, radius = random.uniform(0.1, 0.9, (2, count, 1, 1)), random.uniform(0.05, 0.3, (2, count, 1, 1))
-    masks = ((y - place[0]) / radius[0]) ** 2 + ((x - place[1]) / radius[1]) ** 2 < 1
-    return torch.from_numpy(random.integers(0, 133, count)), torch.from_numpy(masks)
-
-
-def _predictions(size: tuple[int, int]) -> Predictions:
-    """Of ten layers, with gradients: masks that are smooth, as those of a model are."""
-    generator = torch.Generator().manual_seed(0)
-    logits, embeddings = (torch.randn(10, 1, 100, width, generator=generator) for width in (134, 256))
-    coarse = torch.randn(1, 256, size[0] // 32, size[1] // 32, generator=generator) / 4
-    features = nn.functional.interpolate(coarse, scale_factor=8, mode="bicubic")
-    features = features.contiguous(memory_format=torch.channels_last)  # as the pixel decoder makes them on a CPU
-    return Predictions(logits.requires_grad_(), embeddings.requires_grad_(), features.requires_grad_())
-
-
-def _work(side: Any, task: Task) -> Callable[[], Any]:
-    """What is timed. A training step changes the model, by little."""
-    picture = _picture(task.size)
-    if task.work == "inference":
-        side.model.eval()
-
-        def infer() -> Any:
-            with torch.inference_mode():
-                return side.infer(picture)
-
-        return infer
-
-    side.train()
-    if task.work == "loss":
-        predictions, objects = _predictions(task.size), _objects(task.size, LOSS_OBJECTS)
-
-        def loss() -> Tensor:
-            total = side.loss_of(predictions, *objects)
-            total.backward()
-            return total.detach()
-
-        return loss
-
-    objects = _objects(task.size)
-    parameters = [x for x in side.model.parameters() if x.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.05, fused=True)
-
-    def step() -> Tensor:
-        loss = side.loss(picture, *objects)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 0.01)
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
-def _measure(task: Task, args: argparse.Namespace) -> Result:
-    ours = Ours()
-    sides = {"ours": ours, "huggingface": HuggingFace(ours.model)}
-    work = {name: _work(side, task) for name, side in sides.items()}
-    _compare(task, sides)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(args.rounds):
-        for name in SIDES if round_number % 2 else reversed(SIDES):
-            seconds[name].append(_time(work[name]))
-    medians = ", ".join(f"{name} {statistics.median(spent):.2f} s" for name, spent in seconds.items())
+def _take_turns(task: Task, names: Sequence[str], args: argparse.Namespace, brief: bool = False) -> Result:
+    """Time some sides after comparing what they give; ``brief``: hardly more than once if it takes seconds."""
+    sides = _kept_sides(task.queries)
+    if task.work == "inference" and not brief:
+        _compare_logits(task, sides)
+    calls = {name: work_of(sides[name], task) for name in names}
+    result = Result(task, sgemm=_sgemm())
+    _compare(task, sides, _warm_up(calls, sides["ours"], result, brief))
+    parts: list[dict[str, float]] = []
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    while len(parts) < _wanted_rounds(seconds, args, brief):
+        for name in names if len(parts) % 2 else reversed(names):
+            if name == "ours":
+                with metered(sides[name].model, time.perf_counter) as spent:
+                    seconds[name].append(_time(calls[name]))
+                parts.append(spent)
+            else:
+                seconds[name].append(_time(calls[name]))
+    result.seconds = seconds
+    result.part_seconds = {part: statistics.median(spent[part] for spent in parts) for part in parts[0]}
+    medians = ", ".join(f"{name} {result.median(name):.2f} s" for name in names)
     print(f"{task.name}: {medians}", file=sys.stderr, flush=True)
-    with FlopCounterMode(display=False) as counter:
-        _count(ours, task)
-    parts = _parts(ours, work["ours"], statistics.median(seconds["ours"]))
-    del sides, work, ours
-    memory = {name: _memory_in_another_process(name, task, args) for name in SIDES}
-    return Result(task, seconds, memory, parts, counter.get_total_flops() / 1e9, _sgemm())
+    return result
 
 
-def _count(ours: Ours, task: Task) -> None:
-    """The work for torch's counter, which can't count without gradients and doesn't count an optimizer."""
-    if task.work == "inference":
-        ours.infer(_picture(task.size))
-    elif task.work == "training":
-        ours.loss(_picture(task.size), *_objects(task.size)).backward()
-    else:
-        _work(ours, task)()
+@functools.lru_cache(maxsize=1)
+def _kept_sides(queries: int) -> dict[str, Any]:
+    """Models for all tasks with this many queries: nothing that they do changes their weights."""
+    return make_sides(TIMED["inference"], queries)
+
+
+def _warm_up(calls: Mapping[str, Callable[[], Any]], ours: Any, result: Result, brief: bool) -> dict[str, Any]:
+    """What each gives, while what ours does is counted; if ``brief``, only of ours where that takes seconds."""
+    outputs = {}
+    start = time.perf_counter()
+    for name, call in calls.items():  # ours is the first
+        torch.manual_seed(0)
+        if name != "ours":
+            outputs[name] = call()
+            continue
+        with flop_counter() as counter, metered(ours.model, counter.get_total_flops) as flops:
+            outputs[name] = call()
+        result.part_gigaflop = {part: count / 1e9 for part, count in flops.items()}
+        if brief and time.perf_counter() - start > 2:
+            break
+    return outputs
+
+
+def _wanted_rounds(done: Mapping[str, Sequence[float]], args: argparse.Namespace, brief: bool) -> int:
+    """How many rounds there are to be, when those in ``done`` have been."""
+    longest = sum(max(spent, default=0.0) for spent in done.values())
+    if brief and longest > 5:
+        return 1
+    if args.rounds is not None:
+        return args.rounds
+    if args.quick:
+        return 1
+    return 2 if longest > 30 else 3
 
 
 def _time(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _compare(task: Task, sides: dict[str, Any]) -> None:
-    """Errors where the two don't compute the same. It warms up, too."""
-    picture = _picture(task.size)
-    if task.work == "inference":
-        with torch.inference_mode():
-            for name, ours, theirs in zip(
-                ("class", "mask"), *(side.logits(picture) for side in sides.values()), strict=True
-            ):
-                agree = ((ours - theirs).abs() <= 1e-3).float().mean().item()
-                if agree < 0.99:
-                    raise RuntimeError(f"only {agree:.1%} of the {name} logits are within 1e-3 of Hugging Face's")
-                print(f"{task.name}: {agree:.3%} of the {name} logits agree within 1e-3", file=sys.stderr)
-        return
-    losses = []
-    for side in sides.values():
-        torch.manual_seed(0)
-        losses.append(_work(side, task)().item())
-    if abs(losses[0] - losses[1]) > 0.05 * losses[1]:  # points are drawn at random
-        raise RuntimeError(f"the sum of losses is {losses[0]}, and {losses[1]} in Hugging Face's")
-    print(f"{task.name}: losses {losses[0]:.3f} and {losses[1]:.3f}", file=sys.stderr)
 
 
 def _sgemm() -> float:
@@ -360,70 +242,110 @@ def _sgemm() -> float:
     return 2 * 2048**3 / 1e9 / min(_time(lambda: torch.mm(a, a)) for _ in range(10))
 
 
-def _parts(ours: Ours, work: Callable[[], object], total: float) -> dict[str, float]:
-    """Seconds of the parts of a forward pass in one more run, and the rest of ``total``."""
-    head = ours.model.sem_seg_head
-    seconds: dict[str, float] = {}
-    places = [
-        (ours.model.backbone, "forward", "backbone"),
-        (head.pixel_decoder, "forward_features", "pixel decoder"),
-        (head.predictor, "forward", "transformer decoder"),
-        (ours.model.criterion, "forward", "loss"),
-        (meta_arch, "postprocess", "post-processing"),
-    ]
-    with _timed(places, seconds):
-        work()
-    rest = "rest" if "post-processing" in seconds else "backward, clipping, optimizer"
-    return {**seconds, rest: total - sum(seconds.values())}
+# -------------------------------------------------------------------------------------------- same results
 
 
-@contextmanager
-def _timed(places: Sequence[tuple[Any, str, str]], seconds: dict[str, float]) -> Iterator[None]:
-    """Functions of ``places`` add what they take to ``seconds``."""
-    with_timer: list[tuple[Any, str, Any]] = []
-    for owner, attribute, name in places:
-        function = getattr(owner, attribute)
+def _compare_logits(task: Task, sides: Mapping[str, Any]) -> None:
+    picture = random_picture(task.size)
+    with torch.inference_mode():
+        pairs = zip(*(sides[name].logits(picture) for name in ("ours", "huggingface")), strict=True)
+        for kind, (ours, theirs) in zip(("class", "mask"), pairs, strict=True):
+            agree = ((ours - theirs).abs() <= 1e-3).float().mean().item()
+            if agree < 0.99:
+                raise RuntimeError(f"only {agree:.1%} of the {kind} logits are within 1e-3 of Hugging Face's")
+            print(f"{task.name}: {agree:.3%} of the {kind} logits agree within 1e-3", file=sys.stderr)
 
-        def timed(*args: Any, function: Any = function, name: str = name, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-            return result
 
-        with_timer.append((owner, attribute, function))
-        setattr(owner, attribute, timed)
-    try:
-        yield
-    finally:
-        for owner, attribute, function in with_timer:
-            setattr(owner, attribute, function)
+def _compare(task: Task, sides: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    """Errors where labels or losses differ."""
+    if "huggingface" not in outputs:
+        return
+    if task.work == "inference":
+        ours, theirs = (sides[name].labels(outputs[name]) for name in ("ours", "huggingface"))
+        agree = (ours == theirs).float().mean().item()
+        if agree < 0.95:
+            raise RuntimeError(f"only {agree:.1%} of the semantic labels are Hugging Face's")
+        return
+    _compare_losses(task.name, outputs["ours"].item(), outputs["huggingface"].item(), "Hugging Face's")
+
+
+def _compare_losses(name: str, ours: float, theirs: float, whose: str) -> None:
+    if not abs(ours - theirs) <= 0.05 * theirs:  # points are drawn at random; NaN is wrong, too
+        raise RuntimeError(f"{name}: the sum of losses is {ours}, but {whose} {theirs}")
+    print(f"{name}: losses {ours:.3f}, {whose} {theirs:.3f}", file=sys.stderr)
+
+
+def _check_full_masks(task: Task) -> None:
+    """An error where losses on whole masks aren't those at points that are drawn everywhere alike."""
+    ours = make_sides(["ours"], task.queries)["ours"]
+    small = replace(task, work="loss", size=(min(task.size[0], 256),) * 2)
+    at_points = ours.model.criterion
+    at_points.importance_sample_ratio = 0.0
+    losses = []
+    for criterion in (at_points, FullMaskCriterion(at_points)):
+        ours.model.criterion = criterion
+        losses.append(work_of(ours, small)().item())
+    _compare_losses(small.name, *losses, "on whole masks")
 
 
 # -------------------------------------------------------------------------------------------- memory
 
 
-def _memory_in_another_process(name: str, task: Task, args: argparse.Namespace) -> float:
-    options = ["--work", task.work, "--sizes", str(task.size[0]), "--threads", str(args.threads)]
+def _weigh(tasks: Mapping[str, Sequence[Task]], results: dict[Task, Result], threads: int) -> None:
+    """Add to the results what memory each side adds."""
+    if not can_measure_memory():
+        print("memory is not measured: the system doesn't tell a process's peak", file=sys.stderr)
+        return
+    if "points" in tasks:
+        _check_full_masks(tasks["points"][0])
+    wanted: dict[str, dict[Task, None]] = {}
+    for work, names in WEIGHED.items():
+        for name in names:
+            wanted.setdefault(name, {}).update(dict.fromkeys(tasks.get(work, ())))
+    for name, some in wanted.items():
+        for task, added in zip(some, _memory_in_another_process(name, list(some), threads), strict=True):
+            results.setdefault(task, Result(task)).memory[name] = added
+            print(f"{task.name}: {name} adds {added / 2**20:.0f} MiB", file=sys.stderr, flush=True)
+
+
+def can_measure_memory() -> bool:
+    """Whether the system tells a process's peak."""
+    return os.access("/proc/self/clear_refs", os.W_OK)
+
+
+def _memory_in_another_process(name: str, tasks: Sequence[Task], threads: int) -> Iterator[int]:
+    """Bytes that each of the tasks adds."""
+    if not tasks:
+        return
     warnings = [f"-W{option}" for option in sys.warnoptions]
-    child = [sys.executable, *warnings, __file__, "--memory-of", name, *options]
+    options = ["--threads", str(threads), "--memory-of", name, "--tasks", *(task.to_json() for task in tasks)]
     # So that glibc gives back whatever is freed, and peaks are those of tensors.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    done = subprocess.run(child, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    added = float(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{task.name}: {name} adds {added / 2**20:.0f} MiB", file=sys.stderr, flush=True)
-    return added
+    program = [sys.executable, *warnings, __file__, *options]
+    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("{"):  # else a library's
+                yield json.loads(line)["added"]
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, program)
 
 
-def _added_memory(args: argparse.Namespace) -> int:
-    """Bytes that inference, or the second training step, adds to the model's weights (and the optimizer's state)."""
-    (task,) = _tasks(args)
-    ours = Ours()
-    side = ours if args.memory_of == "ours" else HuggingFace(ours.model)
-    del ours
-    work = _work(side, task)
-    work()
+def _added_memory(name: str, task: Task) -> int:
+    """Bytes that a first such task adds to the model's weights, and to the optimizer's state.
+
+    A small picture before it loads code and starts threads. What a model keeps for later calls counts as added.
+    """
+    (unused,) = make_sides([name], task.queries).values()
+    used = copy.deepcopy(unused)
+    work_of(used, replace(task, size=(SMALL, SMALL)))()
+    side = used if task.work == "training" else unused  # its optimizer has made its state
+    del used, unused
     for parameter in side.model.parameters():
         parameter.grad = None
+        parameter.sum()  # what is mapped from a file takes memory when it is read
+    work = work_of(side, task)
+    gc.collect()
     before = peak_memory("cpu", reset=True)
     work()
     return peak_memory("cpu") - before
@@ -432,29 +354,96 @@ def _added_memory(args: argparse.Namespace) -> int:
 # -------------------------------------------------------------------------------------------- report
 
 
-def _report(results: Sequence[Result], machine: dict[str, Any], args: argparse.Namespace) -> None:
-    rows = []
-    for result in results:
-        ours, theirs = (statistics.median(result.seconds[name]) for name in SIDES)
-        ratios = result.ratios()
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        memory = [result.memory[name] / 2**20 for name in SIDES]
-        floor = result.gigaflop / result.sgemm
-        rows.append(
-            [result.task.name, f"{ours:.2f}", f"{theirs:.2f}", spread, f"{memory[0]:.0f}", f"{memory[1]:.0f}"]
-            + [f"{memory[0] / memory[1]:.0%}", f"{floor:.2f}", f"{ours / floor:.2f}"]
-        )
-    headers = ["", "ours, s", "Hugging Face, s", "times as fast", "ours, MiB", "Hugging Face, MiB", "of it", "floor, s"]
-    print(f"\nMedian (min to max) of {args.rounds} rounds; memory added at the peak")
-    print(tabulate(rows, headers=[*headers, "times the floor"], disable_numparse=True))
-    for result in results:
-        print(f"\n{result.task.name}: {result.gigaflop:.0f} GFLOP at {result.sgemm:.0f} GFLOP/s; of one run of ours:")
-        print(tabulate([[name, f"{spent:.2f} s"] for name, spent in result.parts.items()], tablefmt="plain"))
-    print()
-    print("\n".join(f"{key}: {value}" for key, value in machine.items()))
+def _report(
+    tasks: Mapping[str, Sequence[Task]],
+    results: Mapping[Task, Result],
+    machine: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    sgemm = max(result.sgemm for result in results.values())
+    machine = {**machine, "best matrix product, GFLOP/s": round(sgemm, 1)}
+    found = {work: [results[task] for task in some if task in results] for work, some in tasks.items()}
+    titles = {name: SERIES[name].title(some[0]) for name, some in tasks.items() if name in SERIES}
+    growth = {
+        name: [_point(SERIES[name].value(result.task), result) for result in some if result.seconds]
+        for name, some in found.items()
+        if name in SERIES
+    }
+    timed = [result for work in ("inference", "training", "loss") for result in found.get(work, ()) if result.seconds]
+    if timed:
+        _print_times(timed, sgemm)
+    pairs = [result for result in found.get("points", ()) if "full masks" in result.memory]
+    if pairs:
+        _print_memory_of_points(pairs)
+    for name, points in growth.items():
+        if points:
+            print(f"\n{titles[name]}: from one row to the next, how many times the time and the work")
+            headers = [SERIES[name].label, "ours, s", "Hugging Face, s", "GFLOP", "floor, s", "time", "work"]
+            print(tabulate(growth_rows(points, sgemm), headers=headers, disable_numparse=True))
+    print("\n" + "\n".join(f"{key}: {value}" for key, value in machine.items()))
     if args.json:
-        content = {"machine": machine, "results": [asdict(result) for result in results]}
+        content = {
+            "machine": machine,
+            "results": [{"name": result.task.name, **asdict(result)} for result in results.values()],
+            "growth": {name: [asdict(point) for point in points] for name, points in growth.items()},
+        }
         args.json.write_text(json.dumps(content, indent=1) + "\n")
+    if args.plot and any(growth.values()):
+        draw(growth, titles, sgemm).savefig(args.plot)
+
+
+def _point(value: int, result: Result) -> Point:
+    return Point(value, {name: result.median(name) for name in result.seconds}, result.gigaflop)
+
+
+def _print_times(results: Sequence[Result], sgemm: float) -> None:
+    rows = [row for result in results for row in _time_rows(result, sgemm)]
+    headers = ["", "rounds", "ours, s", "Hugging Face, s", "times as fast", "ours, MiB", "Hugging Face, MiB", "of it"]
+    print("\nMedian (min to max) of the rounds; memory added at the peak")
+    print(tabulate(rows, headers=[*headers, "floor, s", "times the floor"], disable_numparse=True))
+    for result in results:
+        print(f"\n{result.task.name}: parts of ours")
+        rows = [
+            [part, f"{spent:.3f}", *_floor(result.part_gigaflop.get(part, 0.0), spent, sgemm)]
+            for part, spent in result.part_seconds.items()
+        ]
+        total = sum(result.part_seconds.values())
+        rows.append(["all", f"{total:.3f}", *_floor(result.gigaflop, total, sgemm)])
+        print(tabulate(rows, headers=["", "s", "GFLOP", "floor, s", "times the floor"], disable_numparse=True))
+
+
+def _time_rows(result: Result, sgemm: float) -> Iterator[list[str]]:
+    """A row for each way of ours."""
+    theirs = result.median("huggingface")
+    for side in result.seconds:
+        if side == "huggingface":
+            continue
+        ours, ratios = result.median(side), result.ratios(side)
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        name = result.task.name + side.removeprefix("ours")
+        times = [str(len(ratios)), f"{ours:.2f}", f"{theirs:.2f}", spread]
+        _, *floor = _floor(result.gigaflop, ours, sgemm)
+        yield [name, *times, *_memory_columns(result, side, "huggingface"), *floor]
+
+
+def _floor(gigaflop: float, seconds: float, sgemm: float) -> list[str]:
+    """GFLOP, the seconds that they take at least, and how many times as long it took."""
+    floor = gigaflop / sgemm
+    return [f"{gigaflop:.1f}", f"{floor:.3f}", f"{seconds / floor:.2f}" if gigaflop else ""]
+
+
+def _memory_columns(result: Result, side: str, other: str) -> list[str]:
+    """MiB that both add, and the share of the first in the second; empty where it wasn't measured."""
+    if side not in result.memory or other not in result.memory:
+        return ["", "", ""]
+    ours, theirs = result.memory[side], result.memory[other]
+    return [f"{ours / 2**20:.0f}", f"{theirs / 2**20:.0f}", f"{ours / theirs:.0%}"]
+
+
+def _print_memory_of_points(results: Sequence[Result]) -> None:
+    rows = [[result.task.name, *_memory_columns(result, "ours", "full masks")] for result in results]
+    print("\nMemory that a step adds, with losses at points and on full masks")
+    print(tabulate(rows, headers=["", "points, MiB", "full masks, MiB", "of it"], disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -148,30 +148,6 @@ def test_limits_of_an_h100(benchmark: ModuleType, dtype: torch.dtype, forward: f
     assert benchmark._limit(inputs, "forward + backward") - least == pytest.approx(backward, rel=0.02)
 
 
-@pytest.mark.slow
-def test_model_beside_hugging_face(
-    hugging_face: ModuleType,
-    repository: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    threads = torch.get_num_threads()
-    model = load_script(repository / "benchmarks" / "model.py")
-    path = tmp_path / "model.json"
-    try:
-        model.main(["--work", "loss", "--sizes", "64", "--rounds", "1", "--threads", "1", "--json", str(path)])
-    finally:
-        torch.set_num_threads(threads)
-    (result,) = json.loads(path.read_text())["results"]
-    assert result["task"] == {"work": "loss", "size": [64, 64]}
-    assert all(result["seconds"][side] and result["memory"][side] > 0 for side in ("ours", "huggingface"))
-    assert "loss, 64 x 64" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--sizes has 32"):
-        model.main(["--sizes", "32"])
-
-
 def test_memory_of_results(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """At a size where anything works; a larger one is measured in test_modeling_mask_strips.py."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
