@@ -42,8 +42,10 @@ class FullMaskCriterion(nn.Module):
                 losses[name + suffix] = self.criterion.weights[name] * loss
         return losses
 
-    def _layer_losses(self, class_logits: Tensor, mask_logits: Tensor, targets: Sequence[Targets]) -> dict[str, Tensor]:
-        """Losses of class logits (B, Q, K+1) and mask logits (B, Q, h, w)."""
+    def _layer_losses(
+        self, class_logits: Tensor, mask_logits: Tensor, targets: Sequence[Targets], masks: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Losses of class logits (B, Q, K+1) and mask logits (B, Q, h, w), with the objects' masks (N, H, W)."""
         classes = torch.full(class_logits.shape[:2], self.criterion.num_classes)  # "no object"
         cross_entropy = dice = torch.zeros(())
         for image, (logits, target, whole) in enumerate(zip(mask_logits, targets, masks, strict=True)):

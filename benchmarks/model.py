@@ -46,7 +46,7 @@ import torch
 from full_mask_losses import FullMaskCriterion
 from machine import describe, peak_memory, processors
 from model_growth import SERIES, Point, draw, growth_rows, sides_of
-from model_parts import flop_counter, metered
+from model_parts import counted_flops, metered
 from model_sides import Task, make_sides, random_picture, transformers, work_of
 from tabulate import tabulate
 
@@ -209,7 +209,7 @@ def _warm_up(calls: Mapping[str, Callable[[], Any]], ours: Any, result: Result, 
         if name != "ours":
             outputs[name] = call()
             continue
-        with flop_counter() as counter, metered(ours.model, counter.get_total_flops) as flops:
+        with counted_flops() as counter, metered(ours.model, counter.get_total_flops) as flops:
             outputs[name] = call()
         result.part_gigaflop = {part: count / 1e9 for part, count in flops.items()}
         if brief and time.perf_counter() - start > 2:
@@ -361,7 +361,8 @@ def _report(
     args: argparse.Namespace,
 ) -> None:
     sgemm = max(result.sgemm for result in results.values())
-    machine = {**machine, "best matrix product, GFLOP/s": round(sgemm, 1)}
+    if sgemm:
+        machine = {**machine, "best matrix product, GFLOP/s": round(sgemm, 1)}
     found = {work: [results[task] for task in some if task in results] for work, some in tasks.items()}
     titles = {name: SERIES[name].title(some[0]) for name, some in tasks.items() if name in SERIES}
     growth = {

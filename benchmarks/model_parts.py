@@ -1,6 +1,7 @@
 """Where our model spends its time and its floating-point operations: part by part, forward and backward."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,9 +10,10 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Meter", "flop_counter", "metered"]
+__all__ = ["counted_flops", "metered"]
 
 
 class Meter:
@@ -98,11 +100,13 @@ def _watched(part: str, args: tuple[Any, ...], meter: Meter) -> tuple[Any, ...]:
     return args
 
 
-def flop_counter() -> FlopCounterMode:
-    """Torch's counter of operations of matrix products, convolutions and attention.
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Torch's counter of operations of matrix products, convolutions and attention, at work in the block.
 
     By itself it leaves out the CPU's attention kernel and products in place. Sampling isn't counted, deformable
-    attention's either.
+    attention's either. What the backward pass would make again to save memory isn't made again: it is no work that has
+    to be done.
     """
     operators = torch.ops.aten
     left_out = {
@@ -110,7 +114,12 @@ def flop_counter() -> FlopCounterMode:
         operators._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         operators._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
-    return FlopCounterMode(display=False, custom_mapping=left_out)
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("mask2former.") and getattr(module, "checkpoint", None) is checkpoint:
+                plain = mock.patch.object(module, "checkpoint", lambda function, *args, **_: function(*args))
+                stack.enter_context(plain)
+        yield stack.enter_context(FlopCounterMode(display=False, custom_mapping=left_out))
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
