@@ -44,9 +44,9 @@ lint: setup-dev ## Check formatting, rules and types
 bench: BENCH := output/benchmarks
 bench: setup-dev ## Measure model, deformable attention and, on COCO in DETECTRON2_DATASETS, data loading
 	@mkdir -p $(BENCH)
-	$(PY) $(QUIET) benchmarks/model.py --json $(BENCH)/model.json --plot $(BENCH)/model.png
+	$(PY) $(QUIET) benchmarks/model.py --rounds 2 --json $(BENCH)/model.json --plot $(BENCH)/model.png
 	$(PY) $(QUIET) benchmarks/results_memory.py --cases labels --json $(BENCH)/results_memory.json
-	$(PY) $(QUIET) benchmarks/ms_deform_attn.py --sizes 256 512 --rounds 2 --json $(BENCH)/ms_deform_attn.json
+	$(PY) $(QUIET) benchmarks/ms_deform_attn.py --sizes 512 --rounds 2 --json $(BENCH)/ms_deform_attn.json
 	$(if $(wildcard $(DATASETS)/coco/annotations),$(PY) $(QUIET) benchmarks/mappers.py --rounds 2 \
 	  --json $(BENCH)/mappers.json,@echo 'Data loading is not measured: there is no COCO in $(DATASETS)')
 

@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        for task in args.tasks:
-            print(json.dumps({"added": _added_memory(args.memory_of, Task.from_json(task))}), flush=True)
+        for name, task in zip(args.memory_of[::2], args.memory_of[1::2], strict=True):
+            print(json.dumps({"added": _added_memory(name, Task.from_json(task))}), flush=True)
         return
     machine = describe([args.threads], transformers=transformers().__version__)
     tasks = _tasks(args)
@@ -107,8 +107,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="small pictures and one round: a minute, to see that it runs")
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     add("--plot", type=Path, metavar="FILE", help=f"draw growth; {', '.join(PLOT_FORMATS)}")
-    add("--memory-of", metavar="NAME", help="only say what memory this one adds with each of --tasks, in this process")
-    add("--tasks", nargs="+", metavar="JSON", help="for --memory-of")
+    add("--memory-of", nargs="+", metavar="NAME TASK", help="only say what memory is added, in this process")
     args = parser.parse_args(arguments)
     args.sizes = sorted(set(args.sizes or ([64] if args.quick else [512, 1024])))
     for option in ("threads", "rounds"):
@@ -298,12 +297,11 @@ def _weigh(tasks: Mapping[str, Sequence[Task]], results: dict[Task, Result], thr
         return
     if "points" in tasks:
         _check_full_masks(tasks["points"][0])
-    wanted: dict[str, dict[Task, None]] = {}
-    for work, names in WEIGHED.items():
-        for name in names:
-            wanted.setdefault(name, {}).update(dict.fromkeys(tasks.get(work, ())))
-    for name, some in wanted.items():
-        for task, added in zip(some, _memory_in_another_process(name, list(some), threads), strict=True):
+    wanted = dict.fromkeys((name, task) for work in WEIGHED for name in WEIGHED[work] for task in tasks.get(work, ()))
+    theirs = [pair for pair in wanted if pair[0] == "huggingface"]
+    ours = [pair for pair in wanted if pair not in theirs]
+    for pairs in filter(None, (ours, theirs)):
+        for (name, task), added in zip(pairs, _memory_in_another_process(pairs, threads), strict=True):
             results.setdefault(task, Result(task)).memory[name] = added
             print(f"{task.name}: {name} adds {added / 2**20:.0f} MiB", file=sys.stderr, flush=True)
 
@@ -313,12 +311,11 @@ def can_measure_memory() -> bool:
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def _memory_in_another_process(name: str, tasks: Sequence[Task], threads: int) -> Iterator[int]:
-    """Bytes that each of the tasks adds."""
-    if not tasks:
-        return
+def _memory_in_another_process(pairs: Sequence[tuple[str, Task]], threads: int) -> Iterator[int]:
+    """Bytes that each side adds with its task."""
     warnings = [f"-W{option}" for option in sys.warnoptions]
-    options = ["--threads", str(threads), "--memory-of", name, "--tasks", *(task.to_json() for task in tasks)]
+    words = [word for name, task in pairs for word in (name, task.to_json())]
+    options = ["--threads", str(threads), "--memory-of", *words]
     # So that glibc gives back whatever is freed, and peaks are those of tensors.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     program = [sys.executable, *warnings, __file__, *options]

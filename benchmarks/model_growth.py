@@ -34,7 +34,7 @@ def _sides(side: int, quick: bool) -> list[Task]:
 
 
 def _queries(side: int, quick: bool) -> list[Task]:
-    size = (64, 64) if quick else (512, 512)
+    size = (64, 64) if quick else (256, 256)
     return [Task("inference", size, queries=count) for count in ((4, 8) if quick else (50, 100, 200, 400))]
 
 
@@ -102,7 +102,7 @@ def draw(growth: Mapping[str, Sequence[Point]], titles: Mapping[str, str], sgemm
         panel.set(xscale="log", yscale="log", title=titles[name], xlabel=SERIES[name].label, ylabel="time, s")
         panel.set_xticks(values, [f"{value:,}" for value in values])
         panel.minorticks_off()
-        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
     lines, labels = panels[0].get_legend_handles_labels()

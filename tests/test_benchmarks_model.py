@@ -144,8 +144,8 @@ def test_attention_is_counted(benchmarks: Path) -> None:
 # -------------------------------------------------------------------------------------------- the program
 
 
-def one_mebibyte_each(name: str, tasks: Sequence[Any], threads: int) -> Iterator[int]:
-    return (1 << 20 for _ in tasks)
+def one_mebibyte_each(pairs: Sequence[Any], threads: int) -> Iterator[int]:
+    return (1 << 20 for _ in pairs)
 
 
 @pytest.mark.slow
@@ -202,7 +202,7 @@ def test_memory_is_measured_in_another_process(model: Any) -> None:
     task = model.Task("training", (64, 64))
     if not model.can_measure_memory():
         pytest.skip("the system doesn't tell a process's peak")
-    (added,) = model._memory_in_another_process("ours", [task], 1)
+    (added,) = model._memory_in_another_process([("ours", task)], 1)
     gradients = 4 * 44e6
     assert gradients < added < 3 * gradients
 
