@@ -90,7 +90,7 @@ def test_gradients_at_chosen_points_are_those_of_whole_masks(
 ) -> None:
     monkeypatch.setitem(points_module.VALUES_AT_A_TIME, "cpu", values_at_a_time)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    features = torch.randn(1, C, 8, 9, dtype=torch.float64).contiguous(memory_format=layout)[0].requires_grad_()
+    features = torch.randn(1, C, 8, 9, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     embeddings = torch.randn(7, C, dtype=torch.float64, requires_grad=True)
     weights, points = torch.randn(7, 20, dtype=torch.float64), torch.rand(7, 20, 2, dtype=torch.float64) * 2.4 - 1.2
     seen: list[Tensor] = []
@@ -101,7 +101,7 @@ def test_gradients_at_chosen_points_are_those_of_whole_masks(
 
     logits, chosen = mask_logits_at_chosen_points(embeddings, features, choose)
     gradients = torch.autograd.grad((logits * weights).sum(), (embeddings, features))
-    whole = torch.einsum("nc,chw->nhw", embeddings, features)
+    whole = torch.einsum("nc,chw->nhw", embeddings, features[0])
     expected = sample_points(whole, points)
     torch.testing.assert_close(torch.cat(seen), whole)
     torch.testing.assert_close((logits, chosen), (expected, points))

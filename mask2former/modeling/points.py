@@ -66,8 +66,10 @@ def uncertain_points(
     num_kept = int(num_points * importance_sample_ratio)
     certainty = sample_points(mask_logits, drawn).abs()
     nearest = certainty.topk(num_kept, dim=1, largest=False, sorted=False).indices  # sorting takes longest of all
-    kept = drawn.gather(1, nearest[..., None].expand(-1, -1, 2))
-    return torch.cat([kept, random_points(masks, num_points - num_kept, device=device)], dim=1)
+    points = drawn.new_empty(masks, num_points, 2)
+    points[:, :num_kept] = drawn.gather(1, nearest[..., None].expand(-1, -1, 2))
+    points[:, num_kept:].uniform_(-1, 1)
+    return points
 
 
 def mask_logits_at_chosen_points(
@@ -80,7 +82,7 @@ def mask_logits_at_chosen_points(
 
     Args:
         embeddings: (N, C).
-        features: (C, H, W).
+        features: (1, C, H, W), whose gradient is laid out in memory as they are.
         choose: gives points (n, P, 2) for mask logits (n, H, W); called for some masks at a time.
 
     Returns:
@@ -92,9 +94,10 @@ def mask_logits_at_chosen_points(
 class _MaskLogitsAtChosenPoints(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, features: Tensor, choose: Callable[[Tensor], Tensor]) -> Any:
+        size, cells = features.shape[2:], features.flatten(2)[0]  # (C, H*W)
         logits, points = [], []
-        for rows in _rows_at_a_time(max(len(embeddings), 1), features.shape[1:], features):
-            masks = (embeddings[rows] @ features.flatten(1)).unflatten(1, features.shape[1:])
+        for rows in _rows_at_a_time(max(len(embeddings), 1), size, features):
+            masks = (embeddings[rows] @ cells).unflatten(1, size)
             points.append(choose(masks))
             logits.append(sample_points(masks, points[-1]) if len(masks) else masks.new_zeros(points[-1].shape[:2]))
         all_points = torch.cat(points)
@@ -106,11 +109,13 @@ class _MaskLogitsAtChosenPoints(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         embeddings, features, points = ctx.saved_tensors
+        size, cells = features.shape[2:], features.flatten(2)[0]
         grad_embeddings, grad_features = torch.empty_like(embeddings), torch.zeros_like(features)
-        for rows in _rows_at_a_time(len(embeddings), features.shape[1:], features):
-            grad_masks = _sample_points_backward(grad_logits[rows], points[rows], features.shape[1:]).flatten(1)
-            torch.mm(grad_masks, features.flatten(1).T, out=grad_embeddings[rows])
-            grad_features.flatten(1).addmm_(embeddings[rows].T, grad_masks)
+        grad_cells = grad_features.flatten(2)[0]
+        for rows in _rows_at_a_time(len(embeddings), size, features):
+            grad_masks = _sample_points_backward(grad_logits[rows], points[rows], size).flatten(1)
+            torch.mm(grad_masks, cells.T, out=grad_embeddings[rows])
+            grad_cells.addmm_(embeddings[rows].T, grad_masks)
         return grad_embeddings, grad_features, None
 
 

@@ -70,13 +70,13 @@ class Predictions(Mapping[str, Any]):
 
     @cached_property
     def _features(self) -> Sequence[Tensor]:
-        """Mask features in float32, picture by picture.
+        """Mask features (1, C, H/4, W/4) in float32, picture by picture, which keeps the layout of their gradients.
 
         Split once, since the backward of indexing fills a whole batch; and not by the decoder, which torch.compile
         would compile for this number of pictures alone. With gradients even if the matcher, which has none, is first.
         """
         with torch.enable_grad():
-            return self.mask_features.float().unbind(0)
+            return self.mask_features.float().split(1)
 
     @property
     def mask_size(self) -> tuple[int, int]:
@@ -99,7 +99,7 @@ class Predictions(Mapping[str, Any]):
         if queries is not None:
             embeddings = embeddings[queries]
         with _full_precision(embeddings):
-            return torch.einsum("qc,chw->qhw", embeddings.float(), self._features[image])
+            return torch.einsum("qc,chw->qhw", embeddings.float(), self._features[image][0])
 
     def matched_logits_at_chosen_points(
         self, image: int, queries: Tensor, choose: Callable[[Tensor], Tensor]
@@ -123,7 +123,7 @@ class Predictions(Mapping[str, Any]):
     def mask_logits_at(self, image: int, points: Tensor) -> Iterator[Tensor]:
         """Mask logits (Q, P) in float32 of a picture at points (P, 2), as ``points`` has them, layer by layer."""
         with _full_precision(points):
-            features = sample_points(self._features[image], points)  # (C, P)
+            features = sample_points(self._features[image][0], points)  # (C, P)
         for embeddings in self.mask_embeddings[:, image].float():
             with _full_precision(points):
                 logits = embeddings @ features
