@@ -3,6 +3,7 @@
 
 Examples:
     python train_net.py --config-file configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml --num-gpus 8
+    python train_net.py --config-file configs/quick/nuclei.yaml --num-processes 2
     python train_net.py --config-file configs/quick/nuclei.yaml --resume
     python train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
     python train_net.py --config-file FILE --train-data train.json --val-data val.json
@@ -15,6 +16,7 @@ from detectron2.engine import default_argument_parser
 from mask2former.engine import (
     DataPaths,
     add_data_options,
+    add_launch_options,
     evaluate_weights,
     launch,
     load_recipe,
@@ -36,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = default_argument_parser(epilog=__doc__)
+    add_launch_options(parser)
     add_data_options(parser)
     launch(run, parser.parse_args())
 

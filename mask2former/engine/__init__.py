@@ -1,6 +1,6 @@
 """Training and evaluation: one loop, whichever kind of config names the parts."""
 
-from .launch import launch
+from .launch import add_launch_options, launch
 from .optimizer import build_optimizer
 from .own_data import DataPaths, add_data_options
 from .recipe import Recipe, load_config, load_recipe
@@ -11,6 +11,7 @@ __all__ = [
     "DataPaths",
     "Recipe",
     "add_data_options",
+    "add_launch_options",
     "available_device",
     "build_optimizer",
     "evaluate",

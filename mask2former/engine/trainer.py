@@ -13,7 +13,6 @@ from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..errors import UserError
@@ -23,6 +22,7 @@ from .best_checkpoint import BestCheckpointer, EarlyStopping, StoppedEarly
 from .curves import CurvesWriter
 from .ema import WeightAverage
 from .hooks import ConsoleWriter, LRScheduler, SaveOnInterrupt
+from .parallel import for_all_ranks
 from .recipe import Recipe, TestSet
 
 __all__ = ["evaluate", "evaluate_augmented", "evaluate_weights", "train"]
@@ -49,7 +49,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     scheduler = recipe.build_scheduler(optimizer)
     loader = recipe.build_train_loader()
     _log_size(model)
-    parallel_model = _for_all_ranks(model)
+    parallel_model = for_all_ranks(model)
     amp = recipe.amp and torch.device(recipe.device).type == "cuda"
     trainer = (AMPTrainer if amp else SimpleTrainer)(parallel_model, loader, optimizer)
     average = _average(recipe, model)
@@ -192,20 +192,6 @@ def _verify(recipe: Recipe, results: Results) -> None:
                 f"{', '.join(results) or 'no task'}"
             )
         verify_results(CfgNode({"TEST": {"EXPECTED_RESULTS": recipe.expected_results}}), results)
-
-
-def _for_all_ranks(model: nn.Module) -> nn.Module:
-    if comm.get_world_size() == 1:
-        return model
-    on_cuda = next(model.parameters()).device.type == "cuda"
-    if not on_cuda and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise UserError(
-            "SyncBN works on GPUs alone: for several processes on CPUs set MODEL.RESNETS.NORM to naiveSyncBN, "
-            "or train in one process"
-        )
-    return DistributedDataParallel(
-        model, device_ids=[comm.get_local_rank()] if on_cuda else None, broadcast_buffers=False
-    )
 
 
 def _writers(recipe: Recipe) -> list[Any]:

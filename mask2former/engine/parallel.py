@@ -1,0 +1,50 @@
+"""A model that trains on several processes."""
+
+import logging
+
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["for_all_ranks"]
+
+
+def for_all_ranks(model: nn.Module) -> nn.Module:
+    """Average the model's gradients over the processes of the run, if there are several.
+
+    On CPUs, for which torch has no ``SyncBatchNorm``, the model's are replaced in place by plain ones, with their
+    parameters.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    if not on_cuda:
+        _stop_synchronising_norms(model)
+    return DistributedDataParallel(
+        model, device_ids=[comm.get_local_rank()] if on_cuda else None, broadcast_buffers=False
+    )
+
+
+def _stop_synchronising_norms(model: nn.Module) -> None:
+    norms = [
+        (parent, name, norm)
+        for parent in model.modules()
+        for name, norm in parent.named_children()
+        if isinstance(norm, nn.SyncBatchNorm)
+    ]
+    for parent, name, norm in norms:
+        setattr(parent, name, _plain_batch_norm(norm))
+    if norms:
+        logging.getLogger(__name__).warning(
+            "SyncBN works on GPUs alone: %d norms are plain batch norms now, of each process's pictures", len(norms)
+        )
+
+
+def _plain_batch_norm(norm: nn.SyncBatchNorm) -> nn.BatchNorm2d:
+    """A batch norm with the same parameters and buffers, which an optimizer may know already."""
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    for name, parameter in norm.named_parameters(recurse=False):
+        plain.register_parameter(name, parameter)
+    for name, buffer in norm.named_buffers(recurse=False):
+        plain.register_buffer(name, buffer)
+    return plain.train(norm.training)
