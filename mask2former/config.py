@@ -170,6 +170,11 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # Width of the hidden layer in MSDeformAttnPixelDecoder's encoder (a constant in the published code).
     cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_DIM_FEEDFORWARD = 1024
 
+    # Divide losses by what the batch of all processes holds, so that gradients don't depend on how many processes share
+    # it. False, as published: the class loss is averaged in each process, and its means over the processes, so that a
+    # picture's weight depends on the pictures beside it; and mask losses are divided by at least one object a process.
+    cfg.MODEL.MASK_FORMER.NORMALIZE_OVER_RANKS = False
+
     test = cfg.MODEL.MASK_FORMER.TEST
     # Instances with a lower score are left out of the instance output.
     test.INSTANCE_SCORE_THRESHOLD = 0.0
@@ -216,6 +221,9 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # Average the weights over the steps with this decay, evaluate the average, and save it as model_ema.pth (0: off).
     # The steps that count are about the last 1 / (1 - decay).
     cfg.SOLVER.EMA_DECAY = 0.0
+    # Parts into which each process's share of SOLVER.IMS_PER_BATCH is split, that go through the model one after the
+    # other: less memory, and the same step (mask2former/engine/accumulation.py says what differs).
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
 
     # The user's own data sets, which train_net.py --train-data writes here: a dict for each, see mask2former/data/own.
     cfg.DATASETS.OWN = []

@@ -11,6 +11,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.projects.deeplab import build_lr_scheduler
 from PIL import Image
+from recipe_parts import load
 from tiny_nuclei_model import tiny_config
 from torch import nn
 
@@ -85,6 +86,30 @@ def test_polynomial_schedule() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx((1 - step / 100) ** 0.9, rel=1e-6)
         optimizer.step()
         scheduler.step()
+
+
+# ----------------------------------------------------------------------------------------------- batch
+
+
+@effect_of("SOLVER.ACCUMULATION_STEPS")
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml", "SOLVER.ACCUMULATION_STEPS"),
+        ("lazy/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.py", "train.accumulation_steps"),
+    ],
+)
+def test_accumulation(path: str, key: str) -> None:
+    """The number reaches the loop, whose tests are in test_engine_accumulation.py."""
+    assert load(path).accumulation_steps == 1
+    assert load(path, key, "2").accumulation_steps == 2
+
+
+@effect_of("MODEL.MASK_FORMER.NORMALIZE_OVER_RANKS")
+def test_normalization_over_ranks() -> None:
+    """The switch reaches the losses; test_engine_accumulation.py has two processes."""
+    assert not build_model(tiny_config()).criterion.normalize_over_ranks
+    assert build_model(config(MODEL__MASK_FORMER__NORMALIZE_OVER_RANKS=True)).criterion.normalize_over_ranks
 
 
 # ----------------------------------------------------------------------------------------------- input

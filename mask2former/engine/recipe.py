@@ -82,6 +82,7 @@ class Recipe:
         best_metric: the weights that are best by it are kept, for example "segm/AP"; "": they are not.
         patience: evaluations that are no better than the best, after which the run ends; 0: it goes on.
         ema_decay: of the moving average of the weights, which is then what is evaluated; 0: no average.
+        accumulation_steps: parts of each process's batch that go through the model one after the other.
     """
 
     config: CfgNode | DictConfig
@@ -104,6 +105,7 @@ class Recipe:
     best_metric: str = ""
     patience: int = 0
     ema_decay: float = 0.0
+    accumulation_steps: int = 1
 
 
 def load_config(path: str, overrides: Sequence[str] = (), data: DataPaths | None = None) -> CfgNode | DictConfig:
@@ -236,6 +238,7 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
         best_metric=cfg.TEST.BEST_METRIC,
         patience=cfg.SOLVER.EARLY_STOPPING_PATIENCE,
         ema_decay=cfg.SOLVER.EMA_DECAY,
+        accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
     )
 
 
@@ -327,6 +330,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         best_metric=train.get("best_metric", ""),
         patience=train.get("early_stopping_patience", 0),
         ema_decay=train.get("ema_decay", 0.0),
+        accumulation_steps=train.get("accumulation_steps", 1),
     )
 
 

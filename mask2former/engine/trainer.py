@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..checkpoint import Checkpointer
 from ..errors import UserError
 from ..evaluation import takes_labels
 from ..modeling import MaskFormer
+from .accumulation import AccumulatingTrainer
 from .best_checkpoint import BestCheckpointer, EarlyStopping, StoppedEarly
 from .curves import CurvesWriter
 from .ema import WeightAverage
@@ -49,9 +50,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     scheduler = recipe.build_scheduler(optimizer)
     loader = recipe.build_train_loader()
     _log_size(model)
-    parallel_model = for_all_ranks(model)
-    amp = recipe.amp and torch.device(recipe.device).type == "cuda"
-    trainer = (AMPTrainer if amp else SimpleTrainer)(parallel_model, loader, optimizer)
+    trainer = _trainer(recipe, for_all_ranks(model), loader, optimizer)
     average = _average(recipe, model)
     checkpointer = Checkpointer(model, recipe.output_dir, trainer=trainer, **_averaged_state(average))
     results: Results = {}
@@ -160,6 +159,15 @@ def _check_selection(recipe: Recipe) -> None:
             f"SOLVER.EARLY_STOPPING_PATIENCE is {recipe.patience}, which needs TEST.BEST_METRIC, now "
             f"'{recipe.best_metric}', and TEST.EVAL_PERIOD, now {recipe.eval_period}: set both"
         )
+
+
+def _trainer(
+    recipe: Recipe, model: nn.Module, loader: Iterable[Any], optimizer: torch.optim.Optimizer
+) -> SimpleTrainer:
+    amp = recipe.amp and torch.device(recipe.device).type == "cuda"
+    if recipe.accumulation_steps != 1:
+        return AccumulatingTrainer(model, loader, optimizer, parts=recipe.accumulation_steps, amp=amp)
+    return (AMPTrainer if amp else SimpleTrainer)(model, loader, optimizer)
 
 
 def _average(recipe: Recipe, model: nn.Module) -> WeightAverage | None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from .loss_in_parts import LossInParts
 from .losses import cross_entropy_loss, dice_loss
 from .matcher import HungarianMatcher
 from .points import sample_masks, uncertain_points
@@ -18,7 +19,7 @@ __all__ = ["SetCriterion"]
 Matches = Sequence[tuple[Tensor, Tensor]]  # for each picture: queries, and the objects they are matched with
 
 
-class SetCriterion(nn.Module):
+class SetCriterion(LossInParts, nn.Module):
     """Matches queries with objects and compares classes and masks, layer by layer.
 
     Args:
@@ -28,6 +29,8 @@ class SetCriterion(nn.Module):
         no_object_weight: weight of the "no object" class in the classification loss.
         num_points, oversample_ratio, importance_sample_ratio: see :func:`points.uncertain_points`.
         deep_supervision: whether all layers have losses, or the last alone.
+        normalize_over_ranks: divide by what the batch of all processes holds, so that gradients don't depend on the
+            number of processes. If not, the class loss is averaged by process, as in the published code.
     """
 
     empty_weight: Tensor
@@ -45,6 +48,7 @@ class SetCriterion(nn.Module):
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
         deep_supervision: bool = True,
+        normalize_over_ranks: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -54,6 +58,7 @@ class SetCriterion(nn.Module):
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
         self.deep_supervision = deep_supervision
+        self.normalize_over_ranks = normalize_over_ranks
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = no_object_weight
         self.register_buffer("empty_weight", empty_weight)
@@ -68,25 +73,38 @@ class SetCriterion(nn.Module):
         if not self.deep_supervision:
             predictions = predictions.last_layer()
         matches = self.matcher(predictions, targets)
-        num_objects = _mean_over_ranks(sum(len(target) for target in targets), predictions.class_logits.device)
+        num_objects, class_weight = self._normalizers(targets, predictions.class_logits.shape[2])
         mask_losses = self._mask_losses(predictions, targets, matches)
         last = len(matches) - 1
         losses = {}
         for layer, logits in enumerate(predictions.class_logits):
             layer_losses = {
-                "loss_ce": self._class_loss(logits, targets, matches[layer]),
+                "loss_ce": self._class_loss(logits, targets, matches[layer]) / class_weight,
                 **{name: loss[layer] / num_objects for name, loss in mask_losses.items()},
             }
             suffix = "" if layer == last else f"_{layer}"
             losses.update({name + suffix: self.weights[name] * loss for name, loss in layer_losses.items()})
         return losses
 
+    def _normalizers(self, targets: Sequence[Targets], num_queries: int) -> tuple[Tensor, Tensor]:
+        """What the batch's mask losses and class losses are divided by: objects, and the weights of all queries.
+
+        Both are means over the processes, whose gradients are averaged.
+        """
+        objects = [len(x["instances"]) for x in self.batch] if self.batch else [len(target) for target in targets]
+        matched = sum(min(count, num_queries) for count in objects)
+        weight = matched + self.empty_weight[-1] * (len(objects) * num_queries - matched)
+        num_objects, mean_weight = _mean_over_ranks(torch.stack([weight.new_tensor(float(sum(objects))), weight]))
+        if self.normalize_over_ranks:
+            return num_objects.clamp(min=1 / comm.get_world_size()), mean_weight
+        return num_objects.clamp(min=1), weight
+
     def _class_loss(self, logits: Tensor, targets: Sequence[Targets], matches: Matches) -> Tensor:
-        """Cross-entropy of logits (B, Q, K+1); a query without an object is to say "no object"."""
+        """Cross-entropy of logits (B, Q, K+1), summed; a query without an object is to say "no object"."""
         classes = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
         for row, target, (queries, objects) in zip(classes, targets, matches, strict=True):
             row[queries] = target.classes[objects]
-        return F.cross_entropy(logits.float().transpose(1, 2), classes, self.empty_weight)
+        return F.cross_entropy(logits.float().transpose(1, 2), classes, self.empty_weight, reduction="sum")
 
     def _mask_losses(
         self, predictions: Predictions, targets: Sequence[Targets], matches: Sequence[Matches]
@@ -115,10 +133,7 @@ def _labels_at(points: Tensor, target: Targets, objects: Tensor) -> Tensor:
     return labels.unflatten(1, (len(points), -1)).transpose(0, 1)
 
 
-def _mean_over_ranks(count: int, device: torch.device) -> float:
-    """The number of objects on a rank, averaged over ranks, at least 1."""
+def _mean_over_ranks(values: Tensor) -> Tensor:
     if comm.get_world_size() > 1:
-        total = torch.tensor(float(count), device=device)
-        torch.distributed.all_reduce(total)
-        return max(total.item() / comm.get_world_size(), 1.0)
-    return float(max(count, 1))
+        torch.distributed.all_reduce(values)
+    return values / comm.get_world_size()

@@ -81,6 +81,7 @@ class MaskFormer(nn.Module):
             oversample_ratio=mask_former.OVERSAMPLE_RATIO,
             importance_sample_ratio=mask_former.IMPORTANCE_SAMPLE_RATIO,
             deep_supervision=mask_former.DEEP_SUPERVISION,
+            normalize_over_ranks=mask_former.NORMALIZE_OVER_RANKS,
         )
         return {
             "backbone": backbone,

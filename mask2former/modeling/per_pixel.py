@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .head import PixelDecoder, transformer_in_channels, transformer_input
+from .loss_in_parts import LossInParts
 from .old_names import RenamesOldWeights
 from .pixel_decoder import build_pixel_decoder
 from .transformer_decoder import StandardTransformerDecoder
@@ -23,7 +25,7 @@ from .transformer_decoder import StandardTransformerDecoder
 __all__ = ["PerPixelBaselineHead", "PerPixelBaselinePlusHead"]
 
 
-class PerPixelHead(RenamesOldWeights, ABC):
+class PerPixelHead(RenamesOldWeights, LossInParts, ABC):
     """What the two heads share: logits at the picture's size, and their loss.
 
     Args:
@@ -92,7 +94,8 @@ class PerPixelHead(RenamesOldWeights, ABC):
         height, width = logits.shape[-2] - targets.shape[-2], logits.shape[-1] - targets.shape[-1]
         targets = F.pad(targets, (0, width, 0, height), value=self.ignore_value)  # the backbone rounds sizes up
         total = F.cross_entropy(logits, targets, ignore_index=self.ignore_value, reduction="sum")
-        return self.loss_weight * total / (targets != self.ignore_value).sum().clamp(min=1)
+        labels = targets if self.batch is None else torch.cat([x["sem_seg"].flatten() for x in self.batch])
+        return self.loss_weight * total / (labels != self.ignore_value).sum().clamp(min=1)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()

@@ -32,4 +32,5 @@ train = dict(
     best_metric="",
     early_stopping_patience=0,
     ema_decay=0.0,
+    accumulation_steps=1,
 )
