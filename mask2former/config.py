@@ -224,6 +224,10 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # Parts into which each process's share of SOLVER.IMS_PER_BATCH is split, that go through the model one after the
     # other: less memory, and the same step (mask2former/engine/accumulation.py says what differs).
     cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # The batch size that the recipe's numbers are for (0: whatever SOLVER.IMS_PER_BATCH is). With another IMS_PER_BATCH
+    # the learning rate is scaled in proportion, and MAX_ITER, STEPS, WARMUP_ITERS and the periods of evaluation and
+    # checkpoints inversely, as Detectron2 does by SOLVER.REFERENCE_WORLD_SIZE, which scales IMS_PER_BATCH too.
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
 
     # The user's own data sets, which train_net.py --train-data writes here: a dict for each, see mask2former/data/own.
     cfg.DATASETS.OWN = []

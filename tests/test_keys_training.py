@@ -11,12 +11,13 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.projects.deeplab import build_lr_scheduler
 from PIL import Image
-from recipe_parts import load
+from recipe_parts import load, schedule
 from tiny_nuclei_model import tiny_config
 from torch import nn
 
 from mask2former.data.mapper import MAPPERS, build_mapper
 from mask2former.engine import build_optimizer, load_recipe
+from mask2former.engine.batch_scaling import scale_to_batch
 from mask2former.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
@@ -110,6 +111,58 @@ def test_normalization_over_ranks() -> None:
     """The switch reaches the losses; test_engine_accumulation.py has two processes."""
     assert not build_model(tiny_config()).criterion.normalize_over_ranks
     assert build_model(config(MODEL__MASK_FORMER__NORMALIZE_OVER_RANKS=True)).criterion.normalize_over_ranks
+
+
+SEMANTIC = "ade20k/semantic-segmentation/maskformer2_R50_bs16_160k"
+
+
+@effect_of("SOLVER.REFERENCE_BATCH_SIZE", "SOLVER.IMS_PER_BATCH")
+def test_numbers_for_another_batch_size() -> None:
+    path = "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
+    cfg = load(path, "SOLVER.REFERENCE_BATCH_SIZE", "16", "SOLVER.IMS_PER_BATCH", "64").config
+    solver = cfg.SOLVER
+    assert solver.IMS_PER_BATCH == 64
+    assert pytest.approx(4e-4) == solver.BASE_LR
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (92188, (81944, 88773), 2)
+    assert (solver.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD) == (1250, 1250)
+    assert scale_to_batch(cfg) == cfg  # so that the config of a run's output folder says the same again
+    unscaled = load(path, "SOLVER.IMS_PER_BATCH", "64").config.SOLVER
+    assert (unscaled.BASE_LR, unscaled.MAX_ITER) == (1e-4, 368750)
+    periods = ("SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "0")
+    short = load(path, "SOLVER.REFERENCE_BATCH_SIZE", "16", "SOLVER.IMS_PER_BATCH", "64", *periods).config
+    assert (short.SOLVER.CHECKPOINT_PERIOD, short.TEST.EVAL_PERIOD) == (1, 0)
+
+
+@effect_of("SOLVER.REFERENCE_WORLD_SIZE")
+def test_numbers_for_another_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    solver = load(f"{SEMANTIC}.yaml", "SOLVER.REFERENCE_WORLD_SIZE", "8").config.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (4, 640000)
+    assert pytest.approx(2.5e-5) == solver.BASE_LR
+
+
+def test_a_lazy_configs_numbers_for_another_batch_size() -> None:
+    options = ("train.reference_batch_size", "16", "dataloader.train.total_batch_size", "8")
+    path = "lazy/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.py"
+    recipe = load(path, *options)
+    assert recipe.max_iter == 737500
+    assert recipe.config.optimizer.base_lr == pytest.approx(5e-5)
+    assert (recipe.checkpoint_period, recipe.eval_period) == (10000, 10000)
+    steps = [0, 655550, 655562, 710178, 710190, 737499]
+    assert schedule(recipe, steps) == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("SOLVER.REFERENCE_BATCH_SIZE", "-1"), "SOLVER.REFERENCE_BATCH_SIZE is -1, expected"),
+        (("SOLVER.REFERENCE_BATCH_SIZE", "8", "SOLVER.REFERENCE_WORLD_SIZE", "8"), "set one of them"),
+        (("SOLVER.REFERENCE_WORLD_SIZE", "3"), "REFERENCE_WORLD_SIZE is 3, .* divides SOLVER.IMS_PER_BATCH, 16"),
+    ],
+)
+def test_references_that_do_not_fit(options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(f"{SEMANTIC}.yaml", *options)
 
 
 # ----------------------------------------------------------------------------------------------- input

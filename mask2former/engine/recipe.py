@@ -28,6 +28,7 @@ from ..data.own import register_rows
 from ..errors import UserError
 from ..evaluation import build_evaluator, can_evaluate
 from ..modeling import SemanticSegmentorWithTTA
+from .batch_scaling import scale_lazy_to_batch, scale_to_batch
 from .optimizer import build_optimizer
 from .own_data import DataPaths, use_own_data
 from .setup import available_device
@@ -130,9 +131,15 @@ def load_config(path: str, overrides: Sequence[str] = (), data: DataPaths | None
 
 
 def load_recipe(path: str, overrides: Sequence[str] = (), data: DataPaths | None = None) -> Recipe:
-    """The recipe in a config file; see :func:`load_config`."""
+    """The recipe in a config file, with its numbers scaled to the batch size if it asks for that.
+
+    See :func:`load_config` and :func:`scale_to_batch`. Where the number of processes counts, they have to have started.
+    """
     config = load_config(path, overrides, data)
-    return _from_yaml(config) if isinstance(config, CfgNode) else _from_lazy(config)
+    if isinstance(config, CfgNode):
+        return _from_yaml(scale_to_batch(config))
+    scale_lazy_to_batch(config)
+    return _from_lazy(config)
 
 
 def _load_yaml(path: str, overrides: Sequence[str], data: DataPaths | None) -> CfgNode:

@@ -33,4 +33,5 @@ train = dict(
     early_stopping_patience=0,
     ema_decay=0.0,
     accumulation_steps=1,
+    reference_batch_size=0,
 )
