@@ -152,7 +152,7 @@ def loading(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for function, result in (
         ("load_training_dicts", [picture]),
         ("check_dataset", [picture]),
-        ("build_detection_train_loader", None),
+        ("BatchStream", None),
         ("build_detection_test_loader", None),
     ):
         monkeypatch.setattr(loader_module, function, recorded(function, calls, result))
@@ -170,7 +170,7 @@ def loading(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             values["augmentations"] = describe_augmentations(values["augmentations"].augs)
             options["mapper"] = (type(options["mapper"]).__name__, values)
         if "sampler" in options:
-            sampler = options["sampler"]
+            sampler = options["sampler"]([picture])
             options["sampler"] = (type(sampler).__name__, {"of": sampler._size, "shuffle": sampler._shuffle})
         described.append((function, plain(arguments), plain(options)))
     return described
@@ -181,7 +181,7 @@ def test_data(recipes: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (loading(recipe, monkeypatch) for recipe in recipes)
     assert [call[0] for call in first] == [
         "load_training_dicts",
-        "build_detection_train_loader",
+        "BatchStream",
         "check_dataset",
         "build_detection_test_loader",
     ]

@@ -13,11 +13,12 @@ from PIL import Image, ImageOps
 
 from ..errors import UserError
 
-__all__ = ["read_image", "read_label_map"]
+__all__ = ["picture_size", "read_image", "read_label_map"]
 
 # What Pillow's decoders raise on files that are missing, truncated, of another kind, or damaged.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
+_ORIENTATION = 0x0112  # the EXIF tag; its values from 5 on swap width and height
 _LARGEST_16_BIT = 65535
 
 
@@ -49,6 +50,22 @@ def read_label_map(path: str | os.PathLike[str], dtype: npt.DTypeLike = int) -> 
             f"label map '{os.fspath(path)}' is a picture of mode {image.mode}: expected one channel with the labels"
         )
     return labels
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width of a picture that is shown upright; its pixels are not read.
+
+    Raises ``UserError`` if the file is missing or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    except FileNotFoundError as error:
+        raise UserError(f"picture '{os.fspath(path)}' does not exist: check the path") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"cannot read picture '{os.fspath(path)}': {error}: replace or remove the file") from error
+    return (width, height) if turned else (height, width)
 
 
 def _open(path: str | os.PathLike[str], noun: str, upright: bool = True) -> Image.Image:

@@ -1,13 +1,13 @@
-"""Data loaders: Detectron2's, with this package's mappers, checks and seeding.
+"""Data loaders: checked data sets, a mapper and a sampler put together.
 
 Both functions take a config (``build_train_loader(cfg)``) or plain keyword values, as a LazyConfig gives them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -18,10 +18,11 @@ from .checks import DatasetDicts, check_dataset
 from .copy_paste import CopyPaste
 from .mapper import build_mapper
 from .sampling import RepeatRareClasses
+from .stream import BatchStream, Mapper
 
 __all__ = ["build_test_loader", "build_train_loader", "load_training_dicts"]
 
-Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+SamplerBuilder = Callable[[Sequence[dict[str, Any]]], Sampler[int]]
 
 
 def load_training_dicts(
@@ -66,7 +67,7 @@ def _train_loader_from_config(cfg: CfgNode, mapper: Mapper | None = None) -> dic
     return {
         "dataset": dicts,
         "mapper": mapper,
-        "sampler": _build_sampler(cfg, dicts),
+        "sampler": _sampler_builder(cfg),
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
@@ -80,26 +81,23 @@ def _reads_label_maps(mapper: Mapper) -> bool:
     return getattr(mapper, "label_map", False)
 
 
-def _build_sampler(cfg: CfgNode, dicts: DatasetDicts) -> Sampler[int] | None:
-    """The sampler of ``DATALOADER.SAMPLER_TRAIN``; None stands for the loader's own, a shuffle."""
-    name = cfg.DATALOADER.SAMPLER_TRAIN
-    seed = _seed_or_none(cfg.SEED)
-    if name == "TrainingSampler":
-        return None
-    if name == "RepeatFactorTrainingSampler":
-        return RepeatRareClasses(cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT, seed)(dicts)
-    if name == "RandomSubsetTrainingSampler":
-        return RandomSubsetTrainingSampler(
-            len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
-        )
-    raise UserError(
-        f"DATALOADER.SAMPLER_TRAIN is '{name}', expected TrainingSampler, RepeatFactorTrainingSampler or "
-        "RandomSubsetTrainingSampler"
-    )
+def _sampler_builder(cfg: CfgNode) -> SamplerBuilder:
+    """What makes the sampler of ``DATALOADER.SAMPLER_TRAIN``."""
+    loading = cfg.DATALOADER
+    builders: dict[str, SamplerBuilder] = {
+        "TrainingSampler": _shuffle,
+        "RepeatFactorTrainingSampler": RepeatRareClasses(loading.REPEAT_THRESHOLD, loading.REPEAT_SQRT),
+        "RandomSubsetTrainingSampler": lambda dicts: RandomSubsetTrainingSampler(
+            len(dicts), loading.RANDOM_SUBSET_RATIO
+        ),
+    }
+    if loading.SAMPLER_TRAIN not in builders:
+        raise UserError(f"DATALOADER.SAMPLER_TRAIN is '{loading.SAMPLER_TRAIN}', expected {' or '.join(builders)}")
+    return builders[loading.SAMPLER_TRAIN]
 
 
-def _seed_or_none(seed: int | None) -> int | None:
-    return None if seed is None or seed < 0 else seed
+def _shuffle(dicts: Sequence[dict[str, Any]]) -> Sampler[int]:
+    return TrainingSampler(len(dicts))
 
 
 @configurable(from_config=_train_loader_from_config)
@@ -108,22 +106,22 @@ def build_train_loader(
     *,
     mapper: Mapper,
     total_batch_size: int,
-    sampler: Sampler[int] | Callable[[DatasetDicts], Sampler[int]] | None = None,
+    sampler: Sampler[int] | SamplerBuilder | None = None,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
     seed: int | None = None,
     num_classes: int | None = None,
     filter_empty: bool = True,
     copy_paste_probability: float = 0.0,
-) -> Iterable[list[dict[str, Any]]]:
+) -> BatchStream:
     """Endless iterable of batches, each a list of samples (see ``MaskFormerDatasetMapper``).
 
     ``dataset`` is one or several names of data sets, which are checked against ``num_classes`` and filtered as
     ``load_training_dicts`` says, or dataset dicts. Label maps are looked for where the ``mapper`` reads them (its
     ``label_map`` is true). ``total_batch_size`` counts the pictures of all processes.
-    With a ``seed`` >= 0 the order of the pictures and the workers' augmentations repeat; with ``num_workers`` 0
-    the augmentations draw from this process's own generators, which the caller seeds. ``sampler`` may be what makes
-    one of the dataset dicts, such as ``RepeatRareClasses``. ``copy_paste_probability`` is that of ``CopyPaste``.
+    With a ``seed`` >= 0 the samples repeat, whatever the number of workers; see ``BatchStream``. ``sampler`` may be
+    what makes one of the dataset dicts, such as ``RepeatRareClasses``; None: a shuffle. ``copy_paste_probability`` is
+    that of ``CopyPaste``.
 
     ``build_train_loader(cfg)``, or ``build_train_loader(cfg, mapper=...)``, reads all of this from a config.
 
@@ -132,23 +130,26 @@ def build_train_loader(
     dicts = _as_dicts(
         dataset, num_classes=num_classes, filter_empty=filter_empty, semantic_files=_reads_label_maps(mapper)
     )
-    seed = _seed_or_none(seed)
-    if sampler is None:
-        sampler = TrainingSampler(len(dicts), seed=seed)
-    elif not isinstance(sampler, Sampler):
-        sampler = sampler(dicts)
     if copy_paste_probability != 0:
         mapper = CopyPaste(mapper, dicts, probability=copy_paste_probability)
-    return build_detection_train_loader(
+    return BatchStream(
         dicts,
         mapper=mapper,
-        sampler=sampler,
-        total_batch_size=total_batch_size,
-        aspect_ratio_grouping=aspect_ratio_grouping,
+        sampler=_shuffle if sampler is None else sampler,
+        batch_size=_batch_size_of_a_rank(total_batch_size),
+        group_by_shape=aspect_ratio_grouping,
         num_workers=num_workers,
-        # Each process's workers draw their own augmentations.
-        seed=None if seed is None else seed + comm.get_rank(),
+        seed=None if seed is None or seed < 0 else seed,
     )
+
+
+def _batch_size_of_a_rank(total: int) -> int:
+    ranks = comm.get_world_size()
+    if total < 1 or total % ranks:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {total}, expected a multiple of the number of processes, {ranks}: set it so"
+        )
+    return total // ranks
 
 
 def _as_dicts(dataset: str | Sequence[str] | DatasetDicts, **checks: Any) -> DatasetDicts:

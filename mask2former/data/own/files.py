@@ -12,13 +12,12 @@ from tqdm import tqdm
 
 from ...errors import UserError
 from ..annotations import ids_from_rgb
-from ..images import read_image, read_label_map
+from ..images import picture_size, read_image, read_label_map
 
-__all__ = ["PICTURE_SUFFIXES", "for_each", "is_colored", "list_files", "picture_size", "read_values"]
+__all__ = ["PICTURE_SUFFIXES", "for_each", "is_colored", "list_files", "read_values"]
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 
-_ORIENTATION = 0x0112  # the EXIF tag; its values from 5 on swap width and height
 _WORKERS = min(8, os.cpu_count() or 1)
 
 Item = TypeVar("Item")
@@ -39,22 +38,6 @@ def list_files(folder: Path, suffixes: Iterable[str] = PICTURE_SUFFIXES) -> dict
                 raise UserError(f"'{found[key]}' and '{path}' differ in their ending alone: keep one of them")
             found[key] = path
     return found
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture that is shown upright; its pixels are not read.
-
-    Raises ``UserError`` if the file is missing or no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-    except FileNotFoundError as error:
-        raise UserError(f"picture '{path}' does not exist: check the path") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot read picture '{path}': {error}: replace or remove the file") from error
-    return (width, height) if turned else (height, width)
 
 
 def is_colored(path: Path) -> bool:

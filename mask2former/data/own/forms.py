@@ -9,8 +9,9 @@ from PIL import Image
 
 from ...errors import UserError
 from ..datasets.panoptic import load_json
+from ..images import picture_size
 from .classes import CLASS_FILES, find_beside
-from .files import list_files, picture_size
+from .files import list_files
 
 __all__ = ["FORMS", "LABEL_SUFFIXES", "OBJECT_FILES", "Source", "recognise"]
 

@@ -12,8 +12,9 @@ from ...errors import UserError
 from ..annotations import decode_segmentation
 from ..datasets.catalog import Category
 from ..datasets.panoptic import load_json
+from ..images import picture_size
 from .classes import complete
-from .files import for_each, picture_size
+from .files import for_each
 from .forms import Source
 from .summary import Tally
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from ...errors import UserError
 from ..datasets.catalog import Category
+from ..images import picture_size
 from ..panoptic_files import save_png
 from .classes import CLASS_FILES, complete, find_beside, read_class_file
-from .files import for_each, is_colored, list_files, picture_size, read_values
+from .files import for_each, is_colored, list_files, read_values
 from .forms import LABEL_SUFFIXES, Source
 from .summary import Tally
 

@@ -10,9 +10,10 @@ import numpy as np
 from ...errors import UserError
 from ..datasets.catalog import Category
 from ..datasets.panoptic import load_json
+from ..images import picture_size
 from ..panoptic_files import save_json
 from .classes import CLASS_FILES, find_beside, read_class_file
-from .files import for_each, list_files, picture_size, read_values
+from .files import for_each, list_files, read_values
 from .forms import LABEL_SUFFIXES, OBJECT_FILES, Source
 from .instances import encode
 
