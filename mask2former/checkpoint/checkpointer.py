@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
@@ -15,7 +17,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..modeling.old_names import rename_old_weights
-from .files import checkpoint_file, read_checkpoint, replace_file
+from .files import UNFINISHED, BrokenCheckpoint, checkpoint_file, read_checkpoint, replace_file
 from .names import find_format
 
 __all__ = ["Checkpointer", "load_weights", "read_model"]
@@ -23,6 +25,10 @@ __all__ = ["Checkpointer", "load_weights", "read_model"]
 PACKAGE = "package://"
 # Buffers that every model makes by itself, whatever the checkpoint holds.
 COMPUTED = "relative_position_index"
+# Files of a run in its output folder: what names its last checkpoint, the checkpoints, and the one at the end.
+LAST = "last_checkpoint"
+FINAL = "model_final.pth"
+RUN_FILE = r"model_(\d+|final)\.pth"
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +56,9 @@ class Checkpointer(DetectionCheckpointer):
     Weights whose shapes differ from the model's are skipped and listed in the log, so that a model with
     other classes or another number of queries starts from what fits.
 
+    A run's checkpoints are ``model_<step>.pth`` and ``model_final.pth``. The name of the last one is in
+    ``last_checkpoint``; where that is broken, ``resume_or_load`` takes the one that was written before it.
+
     Detectron2's own ``DefaultPredictor`` and ``DefaultTrainer`` don't come here: their checkpointer unpickles
     ``.pkl`` files without restrictions, and knows this package's names and Detectron2's alone. Give them what
     ``tools/convert_checkpoint.py`` makes, as ``.pth``, and files that you trust.
@@ -64,8 +73,68 @@ class Checkpointer(DetectionCheckpointer):
         state.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        replace_file(path, lambda temporary: torch.save(state, temporary))
-        self.tag_last_checkpoint(f"{name}.pth")
+        try:
+            replace_file(path, lambda temporary: _save(state, temporary))
+            self.tag_last_checkpoint(f"{name}.pth")
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {path} can't be written: {error}. Those before it are whole: make room and go on with "
+                "--resume"
+            ) from error
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write which checkpoint is the last."""
+        path = os.path.join(self.save_dir, LAST)
+        replace_file(path, lambda temporary: Path(temporary).write_text(last_filename_basename, encoding="utf-8"))
+
+    def get_checkpoint_file(self) -> str:
+        """The last checkpoint, or "" where nothing says which it is."""
+        try:
+            name = Path(self.save_dir, LAST).read_text(encoding="utf-8", errors="replace").strip()
+        except FileNotFoundError:
+            return ""
+        return os.path.join(self.save_dir, name) if name else ""
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from, which may turn out to be broken."""
+        return bool(self._run_files())
+
+    def numbered_files(self) -> list[str]:
+        """The run's checkpoints but ``model_final.pth``, the oldest first."""
+        return [path for path in reversed(self._run_files()) if not path.endswith(FINAL)]
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Load the last whole checkpoint of the run with all that belongs to it, or the weights alone in ``path``.
+
+        Raises:
+            UserError: see ``load``; or if there are checkpoints to resume from, but all are broken.
+        """
+        files = self._run_files() if resume else []
+        if not files:
+            return self.load(path, checkpointables=[])
+        for file in files:
+            try:
+                return self.load(file)
+            except BrokenCheckpoint as error:
+                self.logger.warning("%s; taking the checkpoint before it", error)
+        raise UserError(
+            f"none of the {len(files)} checkpoints in {self.save_dir} can be read: start anew, without --resume"
+        )
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed process left of a checkpoint that it was writing."""
+        for path in self._files_like(RUN_FILE + re.escape(UNFINISHED)):
+            os.remove(path)
+
+    def _run_files(self) -> list[str]:
+        """The run's checkpoints, the one to resume from first, then those that were written before it."""
+        files = sorted(self._files_like(RUN_FILE), key=os.path.getmtime, reverse=True)
+        last = self.get_checkpoint_file()
+        return [last, *(file for file in files if file != last)] if last else files
+
+    def _files_like(self, pattern: str) -> list[str]:
+        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
+        return [os.path.join(self.save_dir, name) for name in names if re.fullmatch(pattern, name)]
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a file, an address, or a folder of Hugging Face's.
@@ -95,7 +164,16 @@ class Checkpointer(DetectionCheckpointer):
                 f"checkpoint {filename} is of a run that another program began, whose optimizer's state doesn't fit: "
                 "start a run of its own from its weights, without --resume and with MODEL.WEIGHTS set to this file"
             )
+        if self._with_trainer and "trainer" in content:
+            self._complete(content["trainer"])
         return content
+
+    def _complete(self, state: dict[str, Any]) -> None:
+        """Let a run that began without gradient scaling, or with it switched off, go on with it."""
+        scaler = getattr(self.checkpointables["trainer"], "grad_scaler", None)
+        if scaler is not None and not state.get("grad_scaler"):
+            logger.info("the checkpoint has no state of the gradient scaler, which starts anew")
+            state["grad_scaler"] = scaler.state_dict()
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         count = len(checkpoint["model"])
@@ -105,6 +183,11 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(f"none of the checkpoint's {count} weights fits this model: is it of another model?")
         incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(COMPUTED)]
         return incompatible
+
+
+def _save(state: dict[str, Any], path: str) -> None:
+    with open(path, "wb") as file:  # which says why writing failed; torch's own writer doesn't
+        torch.save(state, file)
 
 
 def _find(path: str) -> str:

@@ -7,7 +7,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -20,7 +20,15 @@ from .arrays import ARRAY_PARTS
 from .pickles import read_pickle
 from .torch_files import load_torch
 
-__all__ = ["HUGGING_FACE_FILES", "checkpoint_file", "read_checkpoint", "replace_file", "write_safetensors"]
+__all__ = [
+    "HUGGING_FACE_FILES",
+    "UNFINISHED",
+    "BrokenCheckpoint",
+    "checkpoint_file",
+    "read_checkpoint",
+    "replace_file",
+    "write_safetensors",
+]
 
 # What reading a broken file raises. A file that was cut or altered reaches nearly any line of pickle's, zipfile's,
 # torch's and NumPy's readers with nearly any value.
@@ -43,6 +51,12 @@ BROKEN = (
 # The files of a folder that Hugging Face's `save_pretrained` writes.
 HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
 LONGEST_REASON = 200
+# Ending of a file that is being written.
+UNFINISHED = ".part"
+
+
+class BrokenCheckpoint(UserError):
+    """The file is missing, cut short or altered."""
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -56,8 +70,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         tensors in float32.
 
     Raises:
-        UserError: if the file is missing, is broken or cut short, or holds more than tensors, arrays and
-            plain containers.
+        BrokenCheckpoint: if the file is missing, cut short or altered: files of ``torch.save`` have checksums.
+        UserError: if it holds more than tensors, arrays and plain containers.
     """
     path = checkpoint_file(path)
     try:
@@ -66,9 +80,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         reason = _reason(error)
         if reason.startswith("it names "):
             raise UserError(f"checkpoint {path} is refused: {reason}. Nothing of it was run") from error
-        raise UserError(
+        raise BrokenCheckpoint(
             f"checkpoint {path} ({os.path.getsize(path):,} bytes) can't be read: it is cut short, "
-            f"or no checkpoint ({reason}). Get it again"
+            f"altered, or no checkpoint ({reason}). Get it again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} must hold a dict of tensors, but holds a {type(content).__name__}")
@@ -79,12 +93,13 @@ def checkpoint_file(path: str) -> str:
     """The file that a path names: itself, or the weights in a folder of Hugging Face's.
 
     Raises:
-        UserError: if there is none.
+        BrokenCheckpoint: if there is none.
+        UserError: if it is another folder.
     """
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):
-        raise UserError(f"checkpoint {path} does not exist: check MODEL.WEIGHTS")
+        raise BrokenCheckpoint(f"checkpoint {path} does not exist: check MODEL.WEIGHTS")
     for name in HUGGING_FACE_FILES:
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
@@ -128,15 +143,29 @@ def write_safetensors(
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def replace_file(path: str, write: Any) -> None:
-    """Call ``write(temporary path)`` and give the result the name ``path``, so that no half file has it."""
-    temporary = f"{path}.part"
+def replace_file(path: str, write: Callable[[str], object]) -> None:
+    """Call ``write(temporary path)`` and give the result the name ``path``, so that no half file ever has it.
+
+    The content is on the disk before the name is, so that this holds when the machine fails too.
+    """
+    temporary = f"{path}{UNFINISHED}"
     try:
         write(temporary)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # safetensors lets nobody else read its files
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _sync(path: str) -> None:
+    """Wait until what a file or folder holds is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

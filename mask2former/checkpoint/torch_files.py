@@ -3,6 +3,7 @@
 import io
 import mmap
 import os
+import zipfile
 from pickle import UnpicklingError
 from typing import Any
 
@@ -22,13 +23,14 @@ def load_torch(source: str | bytes | bytearray) -> Any:
         source: its path; or the bytes that a pickled tensor has for its values, a file of the form before zip files.
 
     Raises:
-        UnpicklingError: if it names anything but tensors and plain containers. What a broken file
-            raises besides is torch's matter: nearly anything.
+        UnpicklingError: if it names anything but tensors and plain containers, or a checksum is wrong. What a broken
+            file raises besides is torch's matter: nearly anything.
     """
     if isinstance(source, str):
         with open(source, "rb") as file:
             if file.read(len(ZIP_START)) == ZIP_START:
                 _refuse_program(file.fileno())
+                _check_sums(source)
                 return torch.load(source, map_location="cpu", weights_only=True)
             file.seek(0)
             source = file.read()
@@ -44,3 +46,11 @@ def _refuse_program(descriptor: int) -> None:
     with mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=mmap.ACCESS_READ) as content:
         if content.find(PROGRAM) >= 0:
             raise UnpicklingError("it is a TorchScript program")
+
+
+def _check_sums(path: str) -> None:
+    """The zip file's own sums of its members, which torch writes and doesn't look at."""
+    with zipfile.ZipFile(path) as members:
+        altered = members.testzip()
+    if altered is not None:
+        raise UnpicklingError(f"the checksum of its part {altered} is wrong")
