@@ -229,5 +229,9 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # checkpoints inversely, as Detectron2 does by SOLVER.REFERENCE_WORLD_SIZE, which scales IMS_PER_BATCH too.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
 
+    # Checkpoints of a run that are kept (0: all); when there is one more, the oldest is removed. model_final.pth,
+    # model_best.pth and model_ema.pth don't count.
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+
     # The user's own data sets, which train_net.py --train-data writes here: a dict for each, see mask2former/data/own.
     cfg.DATASETS.OWN = []

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tiny_nuclei_model import one_thread
 
 from mask2former.engine import Recipe, evaluate_weights, load_recipe, train, trainer
 from mask2former.engine.recipe import TestSet as EvaluatedSet  # pytest collects what is called Test*
-from mask2former.errors import UserError
+from mask2former.errors import PREEMPTED, UserError
 
 RECIPE = """\
 VERSION: 2
@@ -138,23 +139,57 @@ def test_a_seed_repeats_a_run(data: TinyNames, recipe_file: Path, tmp_path: Path
     assert first == second
 
 
-def test_resumed_run_goes_on_where_it_stopped(data: TinyNames, recipe_file: Path, tmp_path: Path) -> None:
-    whole = tiny_recipe(recipe_file, tmp_path / "whole", *NO_EVALUATION)
+def saved(output_dir: Path, name: str = "model_final") -> dict[str, Any]:
+    return torch.load(output_dir / f"{name}.pth", weights_only=True)
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """Losses, learning rates, weights and the optimizer's state of two runs."""
+    assert metrics(first) == metrics(second)
+    ends = [saved(folder) for folder in (first, second)]
+    states = [{**end["model"], **flat(end["trainer"]["optimizer"])} for end in ends]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def flat(optimizer: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {f"{i} {name}": value for i, values in optimizer["state"].items() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seed", [1, -1])
+def test_resumed_run_goes_on_where_it_stopped(
+    data: TinyNames, recipe_file: Path, tmp_path: Path, workers: int, seed: int
+) -> None:
+    """With as many workers or others, other states of the generators and an evaluation in between: the same bits."""
+    options = [*NO_EVALUATION, "SEED", str(seed), "MODEL.MASK_FORMER.DROPOUT", "0.1"]
+    whole = tiny_recipe(recipe_file, tmp_path / "whole", *options, "SOLVER.CHECKPOINT_PERIOD", "3")
     train(whole)
-    parts = tiny_recipe(recipe_file, tmp_path / "parts", *NO_EVALUATION)
-    train(replace(parts, max_iter=3))
+    (tmp_path / "parts").mkdir()
+    for name in ("model_0000002.pth", "last_checkpoint"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "parts")
+    (tmp_path / "parts" / "last_checkpoint").write_text("model_0000002.pth")
+    shutil.copy(tmp_path / "whole" / "metrics.json", tmp_path / "parts")
+    cut_metrics(tmp_path / "parts" / "metrics.json", lines=3)
+    parts = tiny_recipe(recipe_file, tmp_path / "parts", *options, "DATALOADER.NUM_WORKERS", str(workers))
+    seed_all_rng(2)
     train(parts, resume=True)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
     lines = metrics(tmp_path / "parts")
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4, 5]
-    assert [line["lr"] for line in lines] == [line["lr"] for line in metrics(tmp_path / "whole")]
     assert lines[-1]["lr"] == pytest.approx(0.1 * lines[0]["lr"])
     assert all(torch.isfinite(torch.tensor(line["total_loss"])) for line in lines)
-    trainer = torch.load(tmp_path / "parts" / "model_final.pth", weights_only=True)["trainer"]
+    trainer = saved(tmp_path / "parts")["trainer"]
     assert trainer["iteration"] == 5
     assert {int(state["step"]) for state in trainer["optimizer"]["state"].values()} == {6}
 
     assert train(parts, resume=True) == {}  # nothing is left to do, and nothing to evaluate
     assert metrics(tmp_path / "parts") == lines
+
+
+def cut_metrics(path: Path, lines: int) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
 
 
 def losses_of(recipe: Recipe, steps: int) -> list[dict[str, float]]:
@@ -359,10 +394,11 @@ def environment(repository: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, PREEMPTED)])
 def test_interrupt_saves_and_resume_goes_on(
-    in_subprocess: list[str], train_net: Program, repository: Path, tmp_path: Path
+    in_subprocess: list[str], train_net: Program, repository: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Ctrl-C in a terminal reaches the data loader's workers too."""
+    """Ctrl-C in a terminal, and SIGTERM of a cluster's scheduler, reach the data loader's workers too."""
     options = [*NO_EVALUATION, "DATALOADER.NUM_WORKERS", "1"]
     process = subprocess.Popen(
         [sys.executable, *in_subprocess, *options, "SOLVER.MAX_ITER", "100000"],
@@ -379,15 +415,15 @@ def test_interrupt_saves_and_resume_goes_on(
         for line in process.stdout:
             printed += line
             if "step 20/100000" in line:
-                os.killpg(process.pid, signal.SIGINT)
+                os.killpg(process.pid, number)
                 break
         printed += process.communicate(timeout=120)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert process.returncode == 130, printed
-    assert printed.count("interrupted: saving after this step; go on with --resume") == 1, printed
+    assert process.returncode == code, printed
+    assert printed.count(f"interrupted by {number.name}: saving after this step; go on with --resume") == 1, printed
     assert "Traceback" not in printed
     last = (tmp_path / "output" / "last_checkpoint").read_text()
     step = torch.load(tmp_path / "output" / last, weights_only=True)["iteration"]

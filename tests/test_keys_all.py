@@ -55,6 +55,7 @@ TESTED_ELSEWHERE = {
     "TEST.EVAL_PERIOD": "test_engine_train.py",
     # Ours, off by default.
     "INPUT.COPY_PASTE_PROBABILITY": "test_data_copy_paste.py",
+    "SOLVER.CHECKPOINTS_TO_KEEP": "test_engine_resume.py",
     "SOLVER.EARLY_STOPPING_PATIENCE": "test_engine_selection.py",
     "SOLVER.EMA_DECAY": "test_engine_selection.py",
     "TEST.BEST_METRIC": "test_engine_selection.py",

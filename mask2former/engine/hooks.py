@@ -6,13 +6,19 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
-__all__ = ["ConsoleWriter", "LRScheduler", "SaveOnInterrupt"]
+from ..checkpoint import Checkpointer
+from ..errors import PREEMPTED
+
+__all__ = ["ConsoleWriter", "LRScheduler", "LossHistory", "PeriodicCheckpointer", "SaveOnInterrupt"]
 
 
 class LRScheduler(hooks.LRScheduler):
@@ -27,10 +33,60 @@ class LRScheduler(hooks.LRScheduler):
         super().load_state_dict({key: value for key, value in state_dict.items() if key in self.PROGRESS})
 
 
-class SaveOnInterrupt(HookBase):
-    """On Ctrl-C finish the step, save a checkpoint and stop; a second Ctrl-C stops at once.
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's hook, which keeps the newest checkpoints in the output folder, whichever part of a run wrote them.
 
-    Python hands Ctrl-C to the main thread alone, so in another thread this does nothing.
+    Args:
+        checkpointer: a ``Checkpointer``.
+        period: steps between checkpoints.
+        keep: how many are kept, at least 1, and ``model_final.pth`` besides; None: all.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int, *, keep: int | None) -> None:
+        super().__init__(checkpointer, period)
+        self._keep = keep
+
+    def before_train(self) -> None:
+        super().before_train()
+        self.checkpointer.remove_unfinished()
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self._keep is not None and (self.trainer.iter + 1) % self.period == 0:
+            for path in self.checkpointer.numbered_files()[: -self._keep]:
+                os.remove(path)
+
+
+class LossHistory(HookBase):
+    """Puts the last losses into checkpoints: a resumed run's log has medians over the same steps."""
+
+    STEPS = 20
+
+    def __init__(self) -> None:
+        self._losses: dict[str, list[tuple[float, int]]] = {}
+
+    def before_train(self) -> None:
+        for name, values in self._losses.items():
+            for value, iteration in values:
+                self.trainer.storage.put_scalar(name, value, cur_iter=iteration)
+
+    def state_dict(self) -> dict[str, Any]:
+        histories = self.trainer.storage.histories()
+        return {name: history.values()[-self.STEPS :] for name, history in histories.items() if "loss" in name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._losses = state_dict
+
+
+class SaveOnInterrupt(HookBase):
+    """In a ``with`` block: Ctrl-C or SIGTERM ends training behind the step, with a checkpoint; a second one at once.
+
+    SIGTERM is what clusters send before they take a machine away; the process then ends with the exit code
+    ``PREEMPTED``, and on Ctrl-C by ``KeyboardInterrupt``. All ranks end behind the same step, whichever of them got the
+    signal. In an evaluation, where ranks don't wait for one another, each ends at once.
+
+    Python hands signals to the main thread alone, so in another thread this does nothing. The hook comes behind those
+    whose state it saves and before those that evaluate.
 
     Args:
         checkpointer: has a method ``save(name, **kwargs)``.
@@ -38,31 +94,57 @@ class SaveOnInterrupt(HookBase):
 
     def __init__(self, checkpointer: Any) -> None:
         self._checkpointer = checkpointer
-        self._interrupted = False
-        self._previous: Any = None
+        self._received: int | None = None
+        self._evaluating = False
+        self._previous: dict[int, Any] = {}
         self._process = os.getpid()
 
-    def before_train(self) -> None:
+    def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+            self._previous = {
+                number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            }
 
-    def after_train(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A block in which signals are heeded at once."""
+        self._evaluating = True
+        try:
+            if self._received:
+                self._save_and_end(self._received)
+            yield
+        finally:
+            self._evaluating = False
 
     def after_step(self) -> None:
-        if self._interrupted:
-            iteration = self.trainer.iter
-            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-            raise KeyboardInterrupt
+        received = [number for number in comm.all_gather(self._received) if number]
+        if received:
+            self._save_and_end(max(received))
 
-    def _on_interrupt(self, *_: Any) -> None:
+    def _on_signal(self, number: int, _: Any) -> None:
         if os.getpid() != self._process:  # a loader's worker, which inherits the handler and is still needed
             return
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        logging.getLogger(__name__).warning("interrupted: saving after this step; go on with --resume")
+        if self._received:
+            raise _end(number)
+        self._received = number
+        name = signal.Signals(number).name
+        logging.getLogger(__name__).warning("interrupted by %s: saving after this step; go on with --resume", name)
+        if self._evaluating:
+            self._save_and_end(number)
+
+    def _save_and_end(self, number: int) -> None:
+        iteration = self.trainer.iter
+        if iteration + 1 < self.trainer.max_iter:  # the last step's checkpoint is there
+            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        raise _end(number)
+
+
+def _end(number: int) -> BaseException:
+    return SystemExit(PREEMPTED) if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 class ConsoleWriter(EventWriter):

@@ -84,6 +84,7 @@ class Recipe:
         patience: evaluations that are no better than the best, after which the run ends; 0: it goes on.
         ema_decay: of the moving average of the weights, which is then what is evaluated; 0: no average.
         accumulation_steps: parts of each process's batch that go through the model one after the other.
+        seed: of all random numbers of the steps; less than 0: a random one.
     """
 
     config: CfgNode | DictConfig
@@ -107,6 +108,7 @@ class Recipe:
     patience: int = 0
     ema_decay: float = 0.0
     accumulation_steps: int = 1
+    seed: int = -1
 
 
 def load_config(path: str, overrides: Sequence[str] = (), data: DataPaths | None = None) -> CfgNode | DictConfig:
@@ -231,7 +233,7 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
         eval_period=cfg.TEST.EVAL_PERIOD,
         checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
         log_period=20,
-        max_checkpoints=None,
+        max_checkpoints=cfg.SOLVER.CHECKPOINTS_TO_KEEP or None,
         expected_results=cfg.TEST.EXPECTED_RESULTS,
         build_model=lambda: build_model(cfg),
         build_optimizer=lambda model: build_optimizer(cfg, model),
@@ -246,6 +248,7 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
         patience=cfg.SOLVER.EARLY_STOPPING_PATIENCE,
         ema_decay=cfg.SOLVER.EMA_DECAY,
         accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+        seed=cfg.SEED,
     )
 
 
@@ -326,7 +329,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         eval_period=train.eval_period,
         checkpoint_period=train.checkpointer.period,
         log_period=train.log_period,
-        max_checkpoints=train.checkpointer.max_to_keep,
+        max_checkpoints=train.checkpointer.max_to_keep or None,
         expected_results=OmegaConf.to_object(train.expected_results),
         build_model=lambda: instantiate(cfg.model).to(train.device),
         build_optimizer=optimizer_of,
@@ -338,6 +341,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         patience=train.get("early_stopping_patience", 0),
         ema_decay=train.get("ema_decay", 0.0),
         accumulation_steps=train.get("accumulation_steps", 1),
+        seed=train.get("seed", -1),
     )
 
 

@@ -22,9 +22,10 @@ from .accumulation import AccumulatingTrainer
 from .best_checkpoint import BestCheckpointer, EarlyStopping, StoppedEarly
 from .curves import CurvesWriter
 from .ema import WeightAverage
-from .hooks import ConsoleWriter, LRScheduler, SaveOnInterrupt
+from .hooks import ConsoleWriter, LossHistory, LRScheduler, PeriodicCheckpointer, SaveOnInterrupt
 from .parallel import for_all_ranks
 from .recipe import Recipe, TestSet
+from .repeatable import MissedEvaluation, Repeatable
 
 __all__ = ["evaluate", "evaluate_augmented", "evaluate_weights", "train"]
 
@@ -53,27 +54,29 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     trainer = _trainer(recipe, for_all_ranks(model), loader, optimizer)
     average = _average(recipe, model)
     checkpointer = Checkpointer(model, recipe.output_dir, trainer=trainer, **_averaged_state(average))
+    save_on_interrupt = SaveOnInterrupt(checkpointer)
     results: Results = {}
 
     def evaluate_now() -> Results:
-        results.update(evaluate(recipe, average.model if average else model))
+        with save_on_interrupt.evaluating():
+            results.update(evaluate(recipe, average.model if average else model))
         return results
 
+    evaluating: list[HookBase] = [hooks.EvalHook(recipe.eval_period, evaluate_now)] if recipe.test_sets else []
+    evaluating += _selection(recipe, average.state.module if average else model, checkpointer)
     main = comm.is_main_process()
     trainer.register_hooks(
         [
+            Repeatable(recipe.seed, loader),
             hooks.IterationTimer(),
+            LossHistory(),
             average,
             LRScheduler(optimizer, scheduler),
-            hooks.PeriodicCheckpointer(
-                checkpointer, recipe.checkpoint_period, recipe.max_iter, max_to_keep=recipe.max_checkpoints
-            )
-            if main
-            else None,
-            hooks.EvalHook(recipe.eval_period, evaluate_now) if recipe.test_sets else None,
-            *_selection(recipe, average.state.module if average else model, checkpointer),
+            PeriodicCheckpointer(checkpointer, recipe.checkpoint_period, keep=recipe.max_checkpoints) if main else None,
+            save_on_interrupt,
+            *evaluating,
+            MissedEvaluation(evaluating, eval_period=recipe.eval_period, output_dir=recipe.output_dir),
             hooks.PeriodicWriter(_writers(recipe), recipe.log_period) if main else None,
-            SaveOnInterrupt(checkpointer),
         ]
     )
     resumed = resume and checkpointer.has_checkpoint()
@@ -85,7 +88,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
         _verify(recipe, results)
         return results
     try:
-        trainer.train(start_iter, recipe.max_iter)
+        with save_on_interrupt:
+            trainer.train(start_iter, recipe.max_iter)
     except StoppedEarly as end:
         logging.getLogger(__name__).info(end)
     _verify(recipe, results)
@@ -150,6 +154,8 @@ def evaluate_weights(recipe: Recipe, *, resume: bool = False) -> Results:
 
 
 def _check_selection(recipe: Recipe) -> None:
+    if recipe.max_checkpoints is not None and recipe.max_checkpoints < 1:
+        raise UserError(f"SOLVER.CHECKPOINTS_TO_KEEP is {recipe.max_checkpoints}, expected 0 (all) or more")
     if not 0 <= recipe.ema_decay < 1:
         raise UserError(f"SOLVER.EMA_DECAY is {recipe.ema_decay}, expected 0 (off) or less than 1, such as 0.999")
     if recipe.best_metric and not recipe.test_sets:
