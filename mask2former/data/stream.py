@@ -34,7 +34,7 @@ class BatchStream:
 
     Detectron2's loader shuffles and groups in the workers or behind them, so that what it gives depends on their
     number, and can't skip pictures without reading them. Here batches are lists of numbers until a worker reads them,
-    and a sample is augmented by generators that its number seeds. Skipping takes about a second for ten million.
+    and a sample is augmented by generators that its number seeds. Skipping takes two or three seconds for ten million.
 
     Iterating goes on behind the batches that were taken before.
 
