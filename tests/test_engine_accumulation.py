@@ -134,15 +134,6 @@ def test_per_pixel_losses_of_parts_add_up() -> None:
     assert relative_difference(accumulated_gradients(model, samples, 2), whole) < 1e-5
 
 
-@pytest.mark.parametrize("scale", [{}, {"grad_scaler": {}}, {"grad_scaler": {"scale": 4.0}}])
-def test_goes_on_from_a_run_of_any_precision(scale: dict[str, Any]) -> None:
-    model = build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trainer = AccumulatingTrainer(model, [], optimizer, parts=2)
-    trainer.load_state_dict({"iteration": 7, "optimizer": optimizer.state_dict(), **scale})
-    assert trainer.iter == 7
-
-
 def test_mistakes() -> None:
     model, optimizer = build(), torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     with pytest.raises(UserError, match="ACCUMULATION_STEPS is 0, expected 1 or more"):

@@ -70,11 +70,6 @@ class AccumulatingTrainer(AMPTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a run with or without parts, with or without mixed precision."""
-        scale = state_dict.get("grad_scaler") or self.grad_scaler.state_dict()
-        super().load_state_dict({**state_dict, "grad_scaler": scale})
-
     def _accumulate(self, batch: Batch) -> dict[str, Tensor]:
         """Add the batch's gradients to the parameters', and return its losses."""
         *first, last = _split(batch, self._parts)
