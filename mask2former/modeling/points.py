@@ -68,7 +68,7 @@ def uncertain_points(
     nearest = certainty.topk(num_kept, dim=1, largest=False, sorted=False).indices  # sorting takes longest of all
     points = drawn.new_empty(masks, num_points, 2)
     points[:, :num_kept] = drawn.gather(1, nearest[..., None].expand(-1, -1, 2))
-    points[:, num_kept:].uniform_(-1, 1)
+    points[:, num_kept:] = random_points(masks, num_points - num_kept, device=device)
     return points
 
 
