@@ -40,14 +40,14 @@ lint: setup-dev ## Check formatting, rules and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-# Ten minutes on two cores; each program has a longer run of its own.
+# About ten minutes on two cores; each program has a longer run of its own.
 bench: BENCH := output/benchmarks
 bench: setup-dev ## Measure model, deformable attention, evaluation and, on COCO in DETECTRON2_DATASETS, data loading
 	@mkdir -p $(BENCH)
 	$(PY) $(QUIET) benchmarks/model.py --rounds 2 --json $(BENCH)/model.json --plot $(BENCH)/model.png
 	$(PY) $(QUIET) benchmarks/results_memory.py --cases labels --json $(BENCH)/results_memory.json
-	$(PY) $(QUIET) benchmarks/ms_deform_attn.py --sizes 512 --rounds 2 --json $(BENCH)/ms_deform_attn.json
-	$(PY) $(QUIET) benchmarks/panoptic_evaluation.py --rounds 3 --json $(BENCH)/panoptic_evaluation.json
+	$(PY) $(QUIET) benchmarks/ms_deform_attn.py --sizes 512 --threads 2 --rounds 2 --json $(BENCH)/ms_deform_attn.json
+	$(PY) $(QUIET) benchmarks/panoptic_evaluation.py --rounds 2 --json $(BENCH)/panoptic_evaluation.json
 	$(if $(wildcard $(DATASETS)/coco/annotations),$(PY) $(QUIET) benchmarks/mappers.py --rounds 2 \
 	  --json $(BENCH)/mappers.json,@echo 'Data loading is not measured: there is no COCO in $(DATASETS)')
 
