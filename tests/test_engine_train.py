@@ -389,6 +389,19 @@ def in_subprocess(repository: Path, data: TinyNames, data_root: Path, recipe_fil
     return [str(wrapper), "--config-file", str(recipe_file)]
 
 
+def run_in(folder: Path, repository: Path, words: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Python with these words after its name, to the end."""
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment(repository),
+        timeout=300,
+        check=False,
+    )
+
+
 def environment(repository: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "PYTHONUNBUFFERED": "1"}
 
@@ -443,15 +456,7 @@ def test_unreadable_picture_in_a_worker(
     content = picture.read_bytes()
     picture.write_bytes(content[:100])
     try:
-        run = subprocess.run(
-            [sys.executable, *in_subprocess, "DATALOADER.NUM_WORKERS", "1"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment(repository),
-            timeout=300,
-            check=False,
-        )
+        run = run_in(tmp_path, repository, [*in_subprocess, "DATALOADER.NUM_WORKERS", "1"])
     finally:
         picture.write_bytes(content)
     assert_one_error((run.returncode, run.stdout + run.stderr), picture.name)
@@ -465,15 +470,8 @@ def test_two_processes_train_evaluate_and_resume(
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     before, after = (torchrun, []) if launcher == "torchrun" else ([], ["--num-processes", "2"])
     for steps, resume in ((2, []), (3, ["--resume"])):
-        run = subprocess.run(
-            [sys.executable, *before, *in_subprocess, *after, *resume, "SOLVER.MAX_ITER", str(steps)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment(repository),
-            timeout=300,
-            check=False,
-        )
+        words = [*before, *in_subprocess, *after, *resume, "SOLVER.MAX_ITER", str(steps)]
+        run = run_in(tmp_path, repository, words)
         assert run.returncode == 0, run.stderr
         assert run.stdout.count("copypaste: Task: panoptic_seg") == 1
     trained = [line["iteration"] for line in metrics(tmp_path / "output") if "total_loss" in line]

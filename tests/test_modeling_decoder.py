@@ -90,6 +90,10 @@ def test_encoder_layer_in_chunks_equals_the_formula(rows: int, monkeypatch: pyte
         torch.testing.assert_close(gradient, its_expected, atol=1e-4, rtol=1e-4)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x, position, points, shapes), expected)
+        seen: list[Tensor] = []
+        layer.self_attn.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        torch.testing.assert_close(layer(x, position, points, shapes), expected)
+        assert [output.shape for output in seen] == [x.shape]
 
 
 def test_wrong_numbers_of_maps_and_layers_are_named() -> None:

@@ -130,7 +130,7 @@ def _run_and_report(run: Run, args: argparse.Namespace, first_error: Path) -> No
     )
     try:
         _run_to_the_end(run, args)
-    except Exception as error:
+    except Exception as error:  # whatever ends the process is reported, and raised again
         mistake = isinstance(error, UserError)
         text = str(error) if mistake else f"process {comm.get_rank()} failed:\n{traceback.format_exc().rstrip()}"
         whole = first_error.with_suffix(f".{os.getpid()}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -108,7 +109,7 @@ def conditions(device: str, folder: Path = FOLDER) -> dict[str, str]:
 def torch_problem() -> str:
     """Why torch can't be imported, empty where it can."""
     try:
-        import torch  # noqa: F401
+        importlib.import_module("torch")
     except (ImportError, OSError) as error:  # OSError: a library that torch needs is missing
         return f"there was no torch to build with ({error})"
     return ""

@@ -28,7 +28,10 @@ CHUNK_ROWS = 1024  # positions; with 1024 hidden channels 4 MB in float32
 
 
 class MSDeformAttnTransformerEncoderLayer(nn.Module):
-    """Deformable self-attention over all levels, then a feed-forward network; norms after each."""
+    """Deformable self-attention over all levels, then a feed-forward network; norms after each.
+
+    On a CPU some positions at a time go through its parts, which is what hooks on the norms and linear layers see.
+    """
 
     def __init__(
         self, d_model: int, dim_feedforward: int, dropout: float, n_levels: int, n_heads: int, n_points: int
@@ -44,11 +47,12 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        value = self.self_attn.project(x)
         chunks = _chunks(x)
-        if torch.is_grad_enabled():  # the gradient of the values is made for all queries at once
-            attended = _chunks(self.self_attn.attend(x + position, reference_points, value, spatial_shapes))
+        if torch.is_grad_enabled() or _has_hooks(self.self_attn):
+            # The gradient of the values is made for all queries at once, and hooks see all of them.
+            attended = _chunks(self.self_attn(x + position, reference_points, x, spatial_shapes))
         else:
+            value = self.self_attn.project(x)
             attended = [
                 self.self_attn.attend(some + its_position, its_points, value, spatial_shapes)
                 for some, its_position, its_points in zip(
@@ -77,6 +81,10 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
 def _chunks(x: Tensor) -> Sequence[Tensor]:
     """Tensors (B, S, ...) of some positions each on a CPU, so that what is made of them stays in its cache."""
     return x.split(CHUNK_ROWS, dim=1) if _is_plain_cpu(x) else (x,)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_plain_cpu(x: Tensor) -> bool:
