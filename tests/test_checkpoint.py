@@ -138,9 +138,10 @@ def test_halves_are_read_as_float32(tmp_path: Path) -> None:
         torch.testing.assert_close(read[name], value, atol=2e-3, rtol=0)
 
 
-def test_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [Model(), nn.Linear(300, 300)], ids=["in the end", "in a tensor"])
+def test_full_disk_leaves_the_old_files(tmp_path: Path, model: nn.Module) -> None:
     """The limit of a file's size fails as a full disk does: in the middle of a write."""
-    checkpointer = Checkpointer(Model(), str(tmp_path))
+    checkpointer = Checkpointer(model, str(tmp_path))
     checkpointer.save("model_final", iteration=1)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert files.keys() == {"model_final.pth", "last_checkpoint"}

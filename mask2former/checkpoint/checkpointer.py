@@ -187,7 +187,10 @@ class Checkpointer(DetectionCheckpointer):
 
 def _save(state: dict[str, Any], path: str) -> None:
     with open(path, "wb") as file:  # which says why writing failed; torch's own writer doesn't
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch ends a file in any case, and finds that what it has written is missing
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _find(path: str) -> str:
