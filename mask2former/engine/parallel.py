@@ -3,17 +3,18 @@
 import logging
 
 from detectron2.utils import comm
-from torch import nn
+from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["for_all_ranks"]
+__all__ = ["for_all_ranks", "share_statistics"]
 
 
 def for_all_ranks(model: nn.Module) -> nn.Module:
     """Average the model's gradients over the processes of the run, if there are several.
 
     On CPUs, for which torch has no ``SyncBatchNorm``, the model's are replaced in place by plain ones, with their
-    parameters.
+    parameters; and a resumed run gives an uninterrupted one's bits, with any number of processes.
     """
     if comm.get_world_size() == 1:
         return model
@@ -21,8 +22,26 @@ def for_all_ranks(model: nn.Module) -> nn.Module:
     if not on_cuda:
         _stop_synchronising_norms(model)
     return DistributedDataParallel(
-        model, device_ids=[comm.get_local_rank()] if on_cuda else None, broadcast_buffers=False
+        model,
+        device_ids=[comm.get_local_rank()] if on_cuda else None,
+        broadcast_buffers=False,
+        # With this, gradients aren't laid out anew behind the first step. The sum of three numbers or more depends on
+        # their order, and that on the layout. On GPUs it would cost time, and other sums vary there anyway.
+        find_unused_parameters=not on_cuda and comm.get_world_size() > 2,
     )
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Let batch norms on all processes have the statistics of the main one, which are those that checkpoints hold.
+
+    In training each process's are of its own pictures.
+    """
+    if comm.get_world_size() == 1:
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for buffer in module.buffers(recurse=False):
+                distributed.broadcast(buffer, src=0)
 
 
 def _stop_synchronising_norms(model: nn.Module) -> None:
