@@ -12,6 +12,7 @@ import torch
 from test_engine_selection import Counter, Scores, base, endless, last, saved, scored
 
 from mask2former.engine import Recipe, load_recipe, train
+from mask2former.engine.curves import read_metrics
 from mask2former.errors import PREEMPTED, UserError
 
 __all__ = ["base"]  # a fixture
@@ -29,8 +30,12 @@ class Interrupted(Counter):
         return super().forward(batch)
 
 
+class PreemptedTwice(Interrupted):
+    signals = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+
+
 class InterruptedTwice(Interrupted):
-    signals = (signal.SIGINT, signal.SIGINT)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGINT)
 
 
 class InterruptedScores(Scores):
@@ -78,6 +83,52 @@ def test_sigterm_in_an_evaluation(base: Recipe, tmp_path: Path) -> None:
     recipe, evaluator = scored(base, [6, 3, 2, 1], best_metric="segm/AP")
     train(recipe, resume=True)
     assert evaluator.weights == [4, 6, 8, 10]
+
+
+def test_a_signal_that_comes_twice_from_the_cluster_and_its_launcher(base: Recipe, tmp_path: Path) -> None:
+    preempted(replace(base, build_model=PreemptedTwice, test_sets=[]))
+    assert saved(tmp_path, "model_0000003") == 4
+
+
+def test_sigterm_in_the_last_step(base: Recipe, tmp_path: Path) -> None:
+    """The last evaluation waits for --resume."""
+    recipe, evaluator = scored(base, [], best_metric="segm/AP", max_iter=4, eval_period=0)
+    preempted(replace(recipe, build_model=Interrupted))
+    assert evaluator.weights == [] and saved(tmp_path, "model_final") == 4
+    recipe, evaluator = scored(base, [5], best_metric="segm/AP", max_iter=4, eval_period=0)
+    assert train(recipe, resume=True) == {"segm": {"AP": 5}}
+    assert evaluator.weights == [4] and saved(tmp_path, "model_best") == 4
+    assert read_metrics(tmp_path)["segm/AP"] == {4: 5}
+
+
+def test_results_are_written_at_once(base: Recipe, tmp_path: Path) -> None:
+    """Not with the next line of losses, before which the run could be killed."""
+    written: list[int] = []
+
+    class Reading(Scores):
+        def evaluate(self) -> dict[str, Any]:
+            if self.weights[-1] > 2:
+                written.extend(step for step in read_metrics(tmp_path)["segm/AP"] if step not in written)
+            return super().evaluate()
+
+    evaluator = Reading([5, 4, 3, 2, 1])
+    recipe, _ = scored(base, [])
+    train(replace(recipe, test_sets=[replace(recipe.test_sets[0], build_evaluator=lambda: evaluator)]))
+    assert written == [1, 3, 5, 7]
+    assert list(read_metrics(tmp_path)["segm/AP"]) == [1, 3, 5, 7, 10]
+
+
+def test_what_a_killed_run_left_undone_behind_its_checkpoint(base: Recipe, tmp_path: Path) -> None:
+    """A line of losses that was due, of which half was written."""
+    recipe = replace(base, test_sets=[], log_period=2, checkpoint_period=4)
+    train(recipe)
+    whole = read_metrics(tmp_path)
+    lines = (tmp_path / "metrics.json").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.json").write_text("".join(lines[:3]) + lines[3][:20])
+    (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
+    train(recipe, resume=True)
+    assert read_metrics(tmp_path)["total_loss"] == whole["total_loss"]
+    assert list(whole["total_loss"]) == [1, 3, 5, 7, 9]
 
 
 def test_an_evaluation_is_not_done_twice(base: Recipe) -> None:

@@ -185,7 +185,8 @@ def test_resumed_run_goes_on_where_it_stopped(
     assert {int(state["step"]) for state in trainer["optimizer"]["state"].values()} == {6}
 
     assert train(parts, resume=True) == {}  # nothing is left to do, and nothing to evaluate
-    assert metrics(tmp_path / "parts") == lines
+    *before, again = metrics(tmp_path / "parts")
+    assert before == lines and again.items() <= lines[-1].items()
 
 
 def cut_metrics(path: Path, lines: int) -> None:

@@ -52,6 +52,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
             if record["metric"] == self._metric:
                 self.best_metric, self.best_iter = record["value"], record["iteration"]
 
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:  # not where the last step failed
+            super().after_train()
+
     def _best_checking(self) -> None:
         if not comm.is_main_process():  # which alone has the results
             return

@@ -6,6 +6,7 @@ The file has a JSON object a line; those of an evaluation have keys such as ``se
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from ..data.panoptic_files import write_whole
 from ..errors import UserError
 
-__all__ = ["CurvesWriter", "draw_curves", "read_metrics"]
+__all__ = ["CurvesWriter", "cut_off_half_line", "draw_curves", "read_metrics"]
 
 # From a quantity's name to its values by step.
 Curves = dict[str, dict[int, float]]
@@ -57,6 +58,15 @@ class CurvesWriter(EventWriter):
             draw_curves({self._folder.name: read_metrics(self._folder)}, self._folder / PICTURE)
         except (UserError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             logging.getLogger(__name__).warning("no curves were drawn: %s", error)
+
+
+def cut_off_half_line(folder: str | Path) -> None:
+    """Remove what a killed process or a full disk left of the last line of ``metrics.json``, before others follow."""
+    path = Path(folder) / METRICS_FILE
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
 
 
 def read_metrics(folder: str | Path) -> Curves:

@@ -79,11 +79,12 @@ class LossHistory(HookBase):
 
 
 class SaveOnInterrupt(HookBase):
-    """In a ``with`` block: Ctrl-C or SIGTERM ends training behind the step, with a checkpoint; a second one at once.
+    """In a ``with`` block: Ctrl-C or SIGTERM ends training behind the step, with a checkpoint; a second Ctrl-C at once.
 
     SIGTERM is what clusters send before they take a machine away; the process then ends with the exit code
-    ``PREEMPTED``, and on Ctrl-C by ``KeyboardInterrupt``. All ranks end behind the same step, whichever of them got the
-    signal. In an evaluation, where ranks don't wait for one another, each ends at once.
+    ``PREEMPTED``, and on Ctrl-C by ``KeyboardInterrupt``. A process can get it twice, from the cluster and from what
+    started it. All ranks end behind the same step, whichever of them got the signal. In an evaluation, where ranks
+    don't wait for one another, each ends at once.
 
     Python hands signals to the main thread alone, so in another thread this does nothing. The hook comes behind those
     whose state it saves and before those that evaluate.
@@ -95,6 +96,7 @@ class SaveOnInterrupt(HookBase):
     def __init__(self, checkpointer: Any) -> None:
         self._checkpointer = checkpointer
         self._received: int | None = None
+        self._pressed = False  # Ctrl-C
         self._evaluating = False
         self._previous: dict[int, Any] = {}
         self._process = os.getpid()
@@ -128,8 +130,12 @@ class SaveOnInterrupt(HookBase):
     def _on_signal(self, number: int, _: Any) -> None:
         if os.getpid() != self._process:  # a loader's worker, which inherits the handler and is still needed
             return
+        if number == signal.SIGINT:
+            if self._pressed:
+                raise KeyboardInterrupt
+            self._pressed = True
         if self._received:
-            raise _end(number)
+            return
         self._received = number
         name = signal.Signals(number).name
         logging.getLogger(__name__).warning("interrupted by %s: saving after this step; go on with --resume", name)
@@ -140,6 +146,8 @@ class SaveOnInterrupt(HookBase):
         iteration = self.trainer.iter
         if iteration + 1 < self.trainer.max_iter:  # the last step's checkpoint is there
             self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        if not self._evaluating:
+            comm.synchronize()  # what started the ranks ends those that are left when one leaves
         raise _end(number)
 
 

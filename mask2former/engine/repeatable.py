@@ -1,17 +1,14 @@
 """Steps that depend on the seed alone, so that an interrupted run goes on as if it had not been interrupted."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..errors import UserError
 from ..seeds import STEP, seed_generators
-from .curves import read_metrics
 
-__all__ = ["MissedEvaluation", "Repeatable"]
+__all__ = ["Repeatable"]
 
 
 class Repeatable(HookBase):
@@ -52,39 +49,3 @@ class Repeatable(HookBase):
         if self._loader and "loader" in state_dict:
             self._loader.load_state_dict(state_dict["loader"])
             self._resumed = True
-
-
-class MissedEvaluation(HookBase):
-    """A resumed run first evaluates the step before, where an interruption came between its checkpoint and that.
-
-    The hook comes behind ``evaluating``.
-
-    Args:
-        evaluating: the hooks that evaluate and that use the results.
-        eval_period: steps between evaluations; 0: at the end alone.
-        output_dir: has the ``metrics.json`` that says which evaluations there were.
-    """
-
-    def __init__(self, evaluating: Sequence[HookBase], *, eval_period: int, output_dir: str) -> None:
-        self._evaluating = evaluating
-        self._eval_period = eval_period
-        self._output_dir = output_dir
-
-    def before_train(self) -> None:
-        steps = self.trainer.start_iter
-        if self._eval_period < 1 or steps == 0 or steps % self._eval_period:
-            return
-        if comm.all_gather(self._has_results_of(steps))[0]:  # as the main process has it, which writes the file
-            return
-        logging.getLogger(__name__).info("evaluating after step %d, which was not done before", steps)
-        self.trainer.iter = self.trainer.storage.iter = steps - 1
-        for hook in self._evaluating:
-            hook.after_step()
-
-    def _has_results_of(self, steps: int) -> bool:
-        try:
-            curves = read_metrics(self._output_dir)
-        except UserError:
-            return False
-        # Detectron2 gives results of the step that it has just done, but at the end of the run of the one behind.
-        return any("/" in name and not values.keys().isdisjoint((steps - 1, steps)) for name, values in curves.items())

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
 
 from ..checkpoint import Checkpointer
@@ -20,12 +20,13 @@ from ..evaluation import takes_labels
 from ..modeling import MaskFormer
 from .accumulation import AccumulatingTrainer
 from .best_checkpoint import BestCheckpointer, EarlyStopping, StoppedEarly
-from .curves import CurvesWriter
+from .curves import CurvesWriter, cut_off_half_line
 from .ema import WeightAverage
+from .evaluating import EvalHook, MetricsWriter, MissedEvaluation, finish
 from .hooks import ConsoleWriter, LossHistory, LRScheduler, PeriodicCheckpointer, SaveOnInterrupt
-from .parallel import for_all_ranks
+from .parallel import for_all_ranks, share_statistics
 from .recipe import Recipe, TestSet
-from .repeatable import MissedEvaluation, Repeatable
+from .repeatable import Repeatable
 
 __all__ = ["evaluate", "evaluate_augmented", "evaluate_weights", "train"]
 
@@ -58,13 +59,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     results: Results = {}
 
     def evaluate_now() -> Results:
+        evaluated = average.model if average else model
+        share_statistics(evaluated)
         with save_on_interrupt.evaluating():
-            results.update(evaluate(recipe, average.model if average else model))
+            results.update(evaluate(recipe, evaluated))
         return results
 
-    evaluating: list[HookBase] = [hooks.EvalHook(recipe.eval_period, evaluate_now)] if recipe.test_sets else []
+    evaluating: list[HookBase] = [EvalHook(recipe.eval_period, evaluate_now)] if recipe.test_sets else []
     evaluating += _selection(recipe, average.state.module if average else model, checkpointer)
     main = comm.is_main_process()
+    writer = MetricsWriter(_writers(recipe), recipe.log_period, eval_period=recipe.eval_period) if main else None
     trainer.register_hooks(
         [
             Repeatable(recipe.seed, loader),
@@ -75,21 +79,20 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
             PeriodicCheckpointer(checkpointer, recipe.checkpoint_period, keep=recipe.max_checkpoints) if main else None,
             save_on_interrupt,
             *evaluating,
-            MissedEvaluation(evaluating, eval_period=recipe.eval_period, output_dir=recipe.output_dir),
-            hooks.PeriodicWriter(_writers(recipe), recipe.log_period) if main else None,
+            MissedEvaluation(evaluating, writer, eval_period=recipe.eval_period, output_dir=recipe.output_dir),
+            writer,
         ]
     )
     resumed = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(recipe.weights, resume=resume)
     start_iter = trainer.iter + 1 if resumed else 0
-    if start_iter >= recipe.max_iter:
-        logging.getLogger(__name__).info("the run is complete: %d of %d steps", start_iter, recipe.max_iter)
-        results = evaluate(recipe, average.model if average else model)
-        _verify(recipe, results)
-        return results
     try:
         with save_on_interrupt:
-            trainer.train(start_iter, recipe.max_iter)
+            if start_iter < recipe.max_iter:
+                trainer.train(start_iter, recipe.max_iter)
+            else:
+                logging.getLogger(__name__).info("the run is complete: %d of %d steps", start_iter, recipe.max_iter)
+                finish(trainer, start_iter)
     except StoppedEarly as end:
         logging.getLogger(__name__).info(end)
     _verify(recipe, results)
@@ -208,7 +211,8 @@ def _verify(recipe: Recipe, results: Results) -> None:
         verify_results(CfgNode({"TEST": {"EXPECTED_RESULTS": recipe.expected_results}}), results)
 
 
-def _writers(recipe: Recipe) -> list[Any]:
+def _writers(recipe: Recipe) -> list[EventWriter]:
+    cut_off_half_line(recipe.output_dir)
     return [
         ConsoleWriter(recipe.max_iter, recipe.log_period),
         JSONWriter(f"{recipe.output_dir}/metrics.json"),
