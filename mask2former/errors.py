@@ -4,10 +4,12 @@ import logging
 import sys
 from collections.abc import Callable
 
-__all__ = ["PREEMPTED", "UserError", "command"]
+__all__ = ["INTERRUPTED", "PREEMPTED", "UserError", "command"]
 
 # Exit code of a run that SIGTERM ended behind a checkpoint: "try again", with --resume (EX_TEMPFAIL in sysexits.h).
 PREEMPTED = 75
+# Of a program that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 class UserError(ValueError):
@@ -20,8 +22,8 @@ class UserError(ValueError):
 def command(main: Callable[[], int | None]) -> None:
     """Run ``main`` as a command-line program and exit with the code it returns (None: 0).
 
-    A ``UserError`` becomes one line on standard error and exit code 1; Ctrl-C exits with 130, and training that SIGTERM
-    ended with ``PREEMPTED``. Any other exception is a defect of the program and keeps its traceback.
+    A ``UserError`` becomes one line on standard error and exit code 1; Ctrl-C exits with ``INTERRUPTED``, and training
+    that SIGTERM ended with ``PREEMPTED``. Any other exception is a defect of the program and keeps its traceback.
     """
     try:
         code = main() or 0
@@ -34,5 +36,5 @@ def command(main: Callable[[], int | None]) -> None:
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     sys.exit(code)

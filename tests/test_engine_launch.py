@@ -3,10 +3,12 @@
 import argparse
 import copy
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,21 @@ from mask2former.engine import add_launch_options, launch
 from mask2former.engine.parallel import for_all_ranks
 from mask2former.errors import UserError
 
-# A training loop in which process 1 ends at step 3 as the first argument says.
+# A training loop in which process 1 ends at step 3 as the first argument says, or which "waits" for a signal then.
 PROGRAM = """\
-import logging, os, signal, sys
+import logging, os, signal, sys, time
 import torch
 from detectron2.engine import TrainerBase, default_argument_parser
 from detectron2.utils import comm
 from mask2former.engine import add_launch_options, launch
+from mask2former.engine.hooks import SaveOnInterrupt
 from mask2former.errors import UserError, command
+
+class Checkpointer:
+    def save(self, name, **_):
+        if comm.get_rank() == 0:
+            time.sleep(1)
+            open("saved", "w").close()
 
 class Loop(TrainerBase):
     def __init__(self, end):
@@ -43,11 +52,17 @@ class Loop(TrainerBase):
                 raise ZeroDivisionError("of process 1")
             if self.end == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+        if self.end == "waits" and self.iter >= 3:
+            open(f"waiting{comm.get_rank()}", "w").close()
+            time.sleep(0.1)
         comm.all_gather(self.iter)
 
 def run(args):
     logging.basicConfig(handlers=[logging.NullHandler() if comm.get_rank() else logging.StreamHandler(sys.stdout)])
-    Loop(args.opts[0]).train(0, 5)
+    loop, save_on_interrupt = Loop(args.opts[0]), SaveOnInterrupt(Checkpointer())
+    loop.register_hooks([save_on_interrupt])
+    with save_on_interrupt:
+        loop.train(0, 500 if loop.end == "waits" else 5)
     print(f"process {comm.get_rank()} of {comm.get_world_size()}, threads: {torch.get_num_threads()}", flush=True)
 
 def main():
@@ -119,6 +134,47 @@ def test_a_killed_process_ends_the_others(start: Start) -> None:
     code, printed = start([], "--num-processes", "2", "killed")
     assert code == 1
     assert printed.splitlines()[-1] == "error: process 1 was ended by SIGKILL"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("send", "number", "expected"),
+    [(os.kill, signal.SIGTERM, 75), (os.killpg, signal.SIGINT, 130)],
+    ids=["SIGTERM to the parent alone", "Ctrl-C"],
+)
+def test_a_signal_saves_and_leaves_no_process(
+    repository: Path, tmp_path: Path, send: Callable[[int, int], None], number: int, expected: int
+) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    parent = subprocess.Popen(
+        [sys.executable, "program.py", "--num-processes", "2", "waits"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("waiting*"))) == 2)
+        send(parent.pid, number)
+        assert parent.wait(60) == expected
+        assert (tmp_path / "saved").exists()
+        wait_until(lambda: not has_processes(parent.pid))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
 
 
 def test_the_first_error_comes_first_under_torchrun(start: Start) -> None:

@@ -4,12 +4,16 @@ import argparse
 import atexit
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.engine import launch as start_processes
@@ -18,7 +22,7 @@ from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..errors import UserError
+from ..errors import INTERRUPTED, PREEMPTED, UserError
 
 __all__ = ["add_launch_options", "launch"]
 
@@ -43,13 +47,14 @@ def launch(run: Run, args: argparse.Namespace) -> None:
     Under torchrun (``RANK`` and ``WORLD_SIZE`` in the environment) this process joins the others, over NCCL
     where there are GPUs and over gloo on CPUs. Otherwise ``--num-gpus`` or ``--num-processes``, ``--num-machines``,
     ``--machine-rank`` and ``--dist-url`` say what to start. When one of the started processes fails, the others are
-    ended within 30 seconds.
+    ended within 30 seconds. SIGTERM and Ctrl-C reach them all.
 
     Raises:
         UserError: if the options don't go together, the machine has fewer GPUs than asked for, or the process that
             failed first raised one.
         SystemExit: if a started process failed otherwise, with its traceback; or if it left with an exit code of its
-            own, with that.
+            own, with that; or behind SIGTERM, with ``PREEMPTED``.
+        KeyboardInterrupt: behind Ctrl-C.
     """
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         _join(run, args)
@@ -66,17 +71,54 @@ def launch(run: Run, args: argparse.Namespace) -> None:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the first error comes first
     with tempfile.TemporaryDirectory() as folder:
         first_error = Path(folder) / "first_error.json"
+        signals = _PassedOn()
         try:
-            start_processes(
-                _run_and_report,
-                processes,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(run, args, first_error),
-            )
+            with signals:
+                start_processes(
+                    _run_and_report,
+                    processes,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(run, args, first_error),
+                )
         except (ProcessExitedException, ProcessRaisedException) as error:
-            _raise_first(first_error, error)
+            _raise_first(first_error, error, signals.received)
+
+
+class _PassedOn:
+    """In a ``with`` block: the started processes get SIGTERM when this one gets it, or Ctrl-C, and then save and leave.
+
+    Where this process alone got it they wouldn't know, and it would wait for them. A second Ctrl-C kills them.
+
+    Attributes:
+        received: SIGTERM or SIGINT, the first that came; None: none.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._pressed = False  # Ctrl-C
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {
+                number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, _: Any) -> None:
+        at_once = self._pressed and number == signal.SIGINT
+        self.received = self.received or number
+        self._pressed = self._pressed or number == signal.SIGINT
+        for process in multiprocessing.active_children():
+            if at_once:
+                process.kill()
+            else:
+                process.terminate()
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -138,15 +180,31 @@ def _run_and_report(run: Run, args: argparse.Namespace, first_error: Path) -> No
         with suppress(FileExistsError):
             os.link(whole, first_error)
         raise
+    except KeyboardInterrupt:  # for which torch leaves with 0, as if the run were complete
+        raise SystemExit(INTERRUPTED) from None
 
 
-def _raise_first(first_error: Path, error: ProcessExitedException | ProcessRaisedException) -> None:
-    """Raise what the process that failed first would have ended a run of one process with."""
+def _raise_first(
+    first_error: Path, error: ProcessExitedException | ProcessRaisedException, received: int | None
+) -> None:
+    """Raise what the process that failed first would have ended a run of one process with.
+
+    Args:
+        first_error: what it has reported, if the file is there.
+        error: what was found when the first process ended.
+        received: the signal that was passed on before; None: none.
+    """
+    report = json.loads(first_error.read_text(encoding="utf-8")) if first_error.exists() else None
+    if report and report["mistake"]:
+        raise UserError(report["text"]) from None
+    if received == signal.SIGINT:
+        raise KeyboardInterrupt from None
+    if received == signal.SIGTERM:
+        raise SystemExit(PREEMPTED) from None
     if isinstance(error, ProcessExitedException):
         if error.signal_name:
             raise SystemExit(f"error: process {error.error_index} was ended by {error.signal_name}") from None
         raise SystemExit(error.exit_code) from None
-    if not first_error.exists():
+    if report is None:
         raise error
-    report = json.loads(first_error.read_text(encoding="utf-8"))
-    raise (UserError if report["mistake"] else SystemExit)(report["text"]) from None
+    raise SystemExit(report["text"]) from None
