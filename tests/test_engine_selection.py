@@ -47,8 +47,12 @@ class Scores:
 
 @pytest.fixture
 def base(repository: Path, tmp_path: Path) -> Recipe:
+    return ten_steps(repository, tmp_path)
+
+
+def ten_steps(repository: Path, output_dir: Path) -> Recipe:
     """Ten steps, evaluated after every second one."""
-    options = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "", "TEST.EVAL_PERIOD", "2"]
+    options = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output_dir), "MODEL.WEIGHTS", "", "TEST.EVAL_PERIOD", "2"]
     return replace(
         load_recipe(str(repository / "configs" / "quick" / "nuclei.yaml"), options),
         max_iter=10,

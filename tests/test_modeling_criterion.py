@@ -165,13 +165,22 @@ def test_more_objects_than_queries() -> None:
     assert all(math.isfinite(loss) for loss in make_criterion()(predictions, many).values())
 
 
-def test_predictions_that_are_not_finite_name_the_picture() -> None:
-    predictions = random_predictions()
-    predictions.class_logits[0, 1, 0, 0] = math.nan
+@pytest.mark.parametrize("what", ["a class", "a mask"])
+def test_predictions_that_are_not_finite(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The picture is named and all losses are NaN, for a query without an object too; the next pictures are as ever."""
+    predictions, broken = random_predictions(), random_predictions()
+    if what == "a class":
+        broken.class_logits[0, 1, 0, 0] = math.nan
+    else:
+        broken.mask_embeddings[1, 1, 5] = math.inf
     pictures = targets()
     pictures[1].name = "second.jpg"
-    with pytest.raises(FloatingPointError, match=r"second\.jpg"):
-        make_criterion()(predictions, pictures)
+    criterion = make_criterion()
+    losses = criterion(broken, pictures)
+    assert all(math.isnan(loss) for loss in losses.values())
+    assert caplog.messages == ["the predictions for second.jpg are not finite"]
+    assert losses.keys() == criterion(predictions, pictures).keys()
+    assert all(math.isfinite(loss) for loss in criterion(predictions, pictures).values())
 
 
 def test_loss_of_the_last_layer_alone_without_deep_supervision() -> None:

@@ -23,6 +23,7 @@ from .best_checkpoint import BestCheckpointer, EarlyStopping, StoppedEarly
 from .curves import CurvesWriter, cut_off_half_line
 from .ema import WeightAverage
 from .evaluating import EvalHook, MetricsWriter, MissedEvaluation, finish
+from .finite import FiniteSteps
 from .hooks import ConsoleWriter, LossHistory, LRScheduler, PeriodicCheckpointer, SaveOnInterrupt
 from .parallel import for_all_ranks, share_statistics
 from .recipe import Recipe, TestSet
@@ -72,6 +73,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     trainer.register_hooks(
         [
             Repeatable(recipe.seed, loader),
+            FiniteSteps(model, checkpointer, loader),
             hooks.IterationTimer(),
             LossHistory(),
             average,

@@ -1,5 +1,6 @@
 """The training loss (paper, section 3.2.2)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +69,8 @@ class SetCriterion(LossInParts, nn.Module):
         with ``_0``, ``_1``, ... for the layers before.
 
         The names are the same whatever the targets hold, and every loss depends on the predictions, so that
-        pictures without objects train too.
+        pictures without objects train too. They are NaN if a prediction is not finite: an error here would leave
+        other processes waiting.
         """
         if not self.deep_supervision:
             predictions = predictions.last_layer()
@@ -84,6 +86,8 @@ class SetCriterion(LossInParts, nn.Module):
             }
             suffix = "" if layer == last else f"_{layer}"
             losses.update({name + suffix: self.weights[name] * loss for name, loss in layer_losses.items()})
+        if self.matcher.not_finite:
+            return {name: loss * math.nan for name, loss in losses.items()}
         return losses
 
     def _normalizers(self, targets: Sequence[Targets], num_queries: int) -> tuple[Tensor, Tensor]:

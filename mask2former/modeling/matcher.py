@@ -1,5 +1,6 @@
 """Assignment of queries to objects (paper, section 3.2.2; DETR, section 3.1)."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from .targets import Targets
 
 __all__ = ["HungarianMatcher"]
 
+logger = logging.getLogger(__name__)
+
 
 class HungarianMatcher(nn.Module):
     """Gives every object its own query, at the least total cost, for every layer.
@@ -21,6 +24,9 @@ class HungarianMatcher(nn.Module):
     Args:
         cost_class, cost_mask, cost_dice: weights of the class, cross-entropy and dice costs.
         num_points: points at which masks are compared, drawn anew for each picture.
+
+    Attributes:
+        not_finite: files of the last pictures whose predictions were not finite.
     """
 
     def __init__(self, cost_class: float, cost_mask: float, cost_dice: float, num_points: int) -> None:
@@ -31,6 +37,7 @@ class HungarianMatcher(nn.Module):
         self.cost_mask = cost_mask
         self.cost_dice = cost_dice
         self.num_points = num_points
+        self.not_finite: list[str] = []
 
     @torch.no_grad()
     def forward(self, predictions: Predictions, targets: Sequence[Targets]) -> list[list[tuple[Tensor, Tensor]]]:
@@ -38,13 +45,14 @@ class HungarianMatcher(nn.Module):
 
         Returns:
             For each layer, for each picture: indices (n) of queries and (n) of their objects in increasing
-            order of object, n = min(queries, objects), on the targets' device.
-
-        Raises:
-            FloatingPointError: if a prediction is not finite.
+            order of object, n = min(queries, objects), on the targets' device. Pictures whose predictions are not
+            finite get some; ``not_finite`` has their files.
         """
         device = predictions.class_logits.device
         costs = [self._costs(predictions, image, target).cpu() for image, target in enumerate(targets)]
+        self.not_finite = [x.name for x, cost in zip(targets, costs, strict=True) if not cost.isfinite().all()]
+        for name in self.not_finite:
+            logger.error("the predictions for %s are not finite", name)
         return [
             [_assign(picture_costs[layer], device) for picture_costs in costs]
             for layer in range(len(predictions.class_logits))
@@ -60,12 +68,10 @@ class HungarianMatcher(nn.Module):
                 with torch.autocast(cost.device.type, enabled=False):
                     layer_cost += self.cost_mask * cross_entropy_cost(logits, objects)
                     layer_cost += self.cost_dice * dice_cost(logits, objects)
-        if not torch.isfinite(cost).all():
-            raise FloatingPointError(f"the predictions for {target.name} are not finite: the training has diverged")
         return cost
 
 
 def _assign(cost: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    queries, objects = linear_sum_assignment(cost.numpy())
+    queries, objects = linear_sum_assignment(cost.nan_to_num().numpy())
     order = objects.argsort()
     return torch.as_tensor(queries[order], device=device), torch.as_tensor(objects[order], device=device)
