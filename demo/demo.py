@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -164,36 +166,56 @@ def _choose_model() -> tuple[Path, Path]:
 
 
 def _segment_pictures(args: argparse.Namespace, predictor: Predictor, output: Path | None) -> int:
-    """Segment each picture into ``output``, or show it; 1 if some could not be read, else 0."""
+    """Segment each picture into ``output``, or show it; 1 if some were skipped, else 0."""
     paths, skipped = _find_pictures(args.input)
     names = _output_names(paths)
     if output is not None:
         _check_inputs_survive(paths, names, output)
     start, done = time.perf_counter(), 0
-    # On a terminal only: a log file gets the lines below.
-    for path, name in zip(bar := tqdm(paths, unit="picture", disable=None), names, strict=True):
-        bar.set_postfix_str(path.name)
-        try:
-            image = read_image(path, "RGB")
-        except UserError as error:
-            skipped.append(str(error))
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-            continue
-        outputs = predictor(image, image_format="RGB")
-        drawings = draw(image, outputs, predictor.metadata, labels=args.labels)
-        if output is None:
-            if not all(_show(drawing, wait_ms=0) for _, drawing in drawings):
-                break
-        else:
-            for kind, drawing in drawings:
-                save_png(output / f"{name}_{kind}.png", drawing)
-            document = to_json(outputs, predictor.metadata, file=str(path), polygons=args.polygons)
-            save_json(output / f"{name}.json", document)
-        done += 1
-    noun = "picture" if done == 1 else "pictures"
-    where = f"; results are in {output}{os.sep}" if output is not None and done else ""
-    print(f"{done} {noun} segmented in {time.perf_counter() - start:.1f} s, {len(skipped)} skipped{where}")
+    try:
+        # On a terminal only: a log file gets the lines below.
+        for path, name in zip(bar := tqdm(paths, unit="picture", disable=None), names, strict=True):
+            bar.set_postfix_str(path.name)
+            try:
+                image, outputs = _segment_picture(path, predictor)
+            except UserError as error:
+                skipped.append(str(error))
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                continue
+            drawings = draw(image, outputs, predictor.metadata, labels=args.labels)
+            if output is None:
+                if not all(_show(drawing, wait_ms=0) for _, drawing in drawings):
+                    break
+            else:
+                for kind, drawing in drawings:
+                    save_png(output / f"{name}_{kind}.png", drawing)
+                document = to_json(outputs, predictor.metadata, file=str(path), polygons=args.polygons)
+                save_json(output / f"{name}.json", document)
+            done += 1
+    finally:  # on Ctrl-C and a full disk too
+        noun = "picture" if done == 1 else "pictures"
+        where = f"; results are in {output}{os.sep}" if output is not None and done else ""
+        print(f"{done} {noun} segmented in {time.perf_counter() - start:.1f} s, {len(skipped)} skipped{where}")
     return 1 if skipped else 0
+
+
+def _segment_picture(path: Path, predictor: Predictor) -> tuple[Picture, dict[str, Any]]:
+    """The picture, RGB, and what the model finds in it.
+
+    Raises:
+        UserError: naming the file, if it can't be read or resized, or needs more memory than there is.
+    """
+    image = read_image(path, "RGB")
+    try:
+        return image, predictor(image, image_format="RGB")
+    except UserError as error:
+        raise UserError(f"'{path}': {error}") from error
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        height, width = image.shape[:2]
+        raise UserError(
+            f"'{path}': {width} x {height} pixels need more memory than there is: resize the picture, or segment it in "
+            "tiles (--opts MODEL.MASK_FORMER.TEST.TILE_SIZE 512)"
+        ) from error
 
 
 def _find_pictures(inputs: Sequence[str]) -> tuple[list[Path], list[str]]:

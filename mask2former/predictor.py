@@ -108,7 +108,7 @@ class Predictor:
             ``mask2former.drawing`` pictures.
 
         Raises:
-            UserError: a picture can't be read, or isn't one of these.
+            UserError: a picture can't be read or resized, or isn't one of these.
         """
         if image_format not in ("BGR", "RGB"):
             raise UserError(f"expected image_format 'BGR' or 'RGB', got {image_format!r}")
@@ -127,7 +127,13 @@ class Predictor:
         image = _as_rgb(picture, image_format)
         height, width = image.shape[:2]
         augmented = T.AugInput(image if self._image_format == "RGB" else np.ascontiguousarray(image[:, :, ::-1]))
-        self._augmentations(augmented)
+        try:
+            self._augmentations(augmented)
+        except ValueError as error:
+            raise UserError(
+                f"a picture of {width} x {height} pixels can't be resized as the recipe has it (INPUT.MIN_SIZE_TEST, "
+                f"MAX_SIZE_TEST or SCALE_TEST): {error}"
+            ) from error
         tensor = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         return {"image": tensor, "height": height, "width": width}
 

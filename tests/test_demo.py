@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 from PIL import Image
@@ -114,6 +115,27 @@ def test_unreadable_pictures_are_named_skipped_and_counted(demo, tmp_path, capsy
     assert "3 skipped" in printed.out
 
 
+def test_pictures_that_fail_are_named_and_skipped(demo, tmp_path, capsys, monkeypatch):
+    """Those too that can be read: the run goes on behind them."""
+    for name, size in (("a", (48, 40)), ("thin", (1, 300)), ("vast", (60, 40)), ("z", (48, 40))):
+        save_picture(tmp_path / "some" / f"{name}.png", size=size)
+    segment = mask2former.predictor.Predictor.__call__
+
+    def with_little_memory(self, image, **kwargs):
+        if image.shape[1] == 60:
+            raise torch.cuda.OutOfMemoryError
+        return segment(self, image, **kwargs)
+
+    monkeypatch.setattr(mask2former.predictor.Predictor, "__call__", with_little_memory)
+    assert demo("--input", "some", "--output", "out") == 1
+    printed = capsys.readouterr()
+    assert names_in(tmp_path / "out") == files_of("a", "z")
+    thin, vast = (line for line in printed.err.splitlines() if line.startswith("skipped: "))
+    assert "'some/thin.png': a picture of 1 x 300 pixels can't be resized" in thin
+    assert "'some/vast.png': 60 x 40 pixels need more memory than there is" in vast
+    assert "2 pictures segmented" in printed.out and "2 skipped" in printed.out
+
+
 def test_only_outputs_that_are_on_are_written(demo, tmp_path):
     save_picture(tmp_path / "a.png")
     options = ["--opts", "MODEL.MASK_FORMER.TEST.PANOPTIC_ON", "False", "MODEL.MASK_FORMER.TEST.INSTANCE_ON", "False"]
@@ -121,7 +143,7 @@ def test_only_outputs_that_are_on_are_written(demo, tmp_path):
     assert names_in(tmp_path / "out") == ["a.json", "a_semantic.png"]
 
 
-def test_ctrl_c_keeps_what_is_done(demo, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_what_is_done(demo, tmp_path, monkeypatch, capsys):
     for name in "abc":
         save_picture(tmp_path / f"{name}.png")
     segment = mask2former.predictor.Predictor.__call__
@@ -137,6 +159,7 @@ def test_ctrl_c_keeps_what_is_done(demo, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         demo("--input", "a.png", "b.png", "c.png", "--output", "out")
     assert names_in(tmp_path / "out") == files_of("a")
+    assert "1 picture segmented" in capsys.readouterr().out
 
 
 @pytest.fixture
