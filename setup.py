@@ -53,6 +53,8 @@ EXTRAS = {
     "cityscapes": ["cityscapesscripts>=2.2"],
     # COCO-Stuff 10k's annotations, for the command that prepares it.
     "coco-stuff": ["h5py>=3.8"],
+    # Weights & Biases, for WANDB_PROJECT.
+    "wandb": ["wandb>=0.19"],
     # Tests also use what TESTED_AGAINST in tools/setup_environment.py names.
     "dev": ["h5py>=3.8", "hypothesis>=6.80", "mypy>=1.10", "pytest>=7.4", "ruff>=0.6", "transformers>=4.40"],
 }

@@ -233,5 +233,8 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # model_best.pth and model_ema.pth don't count.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
 
+    # Project of Weights & Biases that gets the run's figures ("": none). It needs the package wandb.
+    cfg.WANDB_PROJECT = ""
+
     # The user's own data sets, which train_net.py --train-data writes here: a dict for each, see mask2former/data/own.
     cfg.DATASETS.OWN = []

@@ -66,6 +66,7 @@ TESTED_ELSEWHERE = {
     "MODEL.MASK_FORMER.TEST.TILE_BATCH_SIZE": "test_modeling_inference.py",
     "MODEL.MASK_FORMER.TEST.TILE_OVERLAP": "test_modeling_inference.py",
     "MODEL.MASK_FORMER.TEST.TILE_SIZE": "test_modeling_inference.py",
+    "WANDB_PROJECT": "test_engine_writers.py",
     "MODEL.TIMM.BN_EPS": "test_modeling_backbone.py",
     "MODEL.TIMM.NAME": "test_modeling_backbone.py",
     "MODEL.TIMM.NORM": "test_modeling_backbone.py",

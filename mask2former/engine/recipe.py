@@ -85,6 +85,7 @@ class Recipe:
         ema_decay: of the moving average of the weights, which is then what is evaluated; 0: no average.
         accumulation_steps: parts of each process's batch that go through the model one after the other.
         seed: of all random numbers of the steps; less than 0: a random one.
+        wandb_project: project of Weights & Biases that gets the run's figures; "": none.
     """
 
     config: CfgNode | DictConfig
@@ -109,6 +110,7 @@ class Recipe:
     ema_decay: float = 0.0
     accumulation_steps: int = 1
     seed: int = -1
+    wandb_project: str = ""
 
 
 def load_config(path: str, overrides: Sequence[str] = (), data: DataPaths | None = None) -> CfgNode | DictConfig:
@@ -249,6 +251,7 @@ def _from_yaml(cfg: CfgNode) -> Recipe:
         ema_decay=cfg.SOLVER.EMA_DECAY,
         accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         seed=cfg.SEED,
+        wandb_project=cfg.WANDB_PROJECT,
     )
 
 
@@ -342,6 +345,7 @@ def _from_lazy(cfg: DictConfig) -> Recipe:
         ema_decay=train.get("ema_decay", 0.0),
         accumulation_steps=train.get("accumulation_steps", 1),
         seed=train.get("seed", -1),
+        wandb_project=train.get("wandb_project", ""),
     )
 
 

@@ -28,6 +28,7 @@ from .hooks import ConsoleWriter, LossHistory, LRScheduler, PeriodicCheckpointer
 from .parallel import for_all_ranks, share_statistics
 from .recipe import Recipe, TestSet
 from .repeatable import Repeatable
+from .wandb_writer import WandbWriter, check_wandb
 
 __all__ = ["evaluate", "evaluate_augmented", "evaluate_weights", "train"]
 
@@ -48,6 +49,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
         UserError: if the recipe's numbers don't go together.
     """
     _check_selection(recipe)
+    check_wandb(recipe.wandb_project)
     model = recipe.build_model()
     optimizer = recipe.build_optimizer(model)
     scheduler = recipe.build_scheduler(optimizer)
@@ -69,7 +71,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     evaluating: list[HookBase] = [EvalHook(recipe.eval_period, evaluate_now)] if recipe.test_sets else []
     evaluating += _selection(recipe, average.state.module if average else model, checkpointer)
     main = comm.is_main_process()
-    writer = MetricsWriter(_writers(recipe), recipe.log_period, eval_period=recipe.eval_period) if main else None
+    resumed = resume and checkpointer.has_checkpoint()
+    writer = None
+    if main:
+        writer = MetricsWriter(_writers(recipe, resumed), recipe.log_period, eval_period=recipe.eval_period)
     trainer.register_hooks(
         [
             Repeatable(recipe.seed, loader),
@@ -85,7 +90,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
             writer,
         ]
     )
-    resumed = resume and checkpointer.has_checkpoint()
     checkpointer.resume_or_load(recipe.weights, resume=resume)
     start_iter = trainer.iter + 1 if resumed else 0
     try:
@@ -213,14 +217,17 @@ def _verify(recipe: Recipe, results: Results) -> None:
         verify_results(CfgNode({"TEST": {"EXPECTED_RESULTS": recipe.expected_results}}), results)
 
 
-def _writers(recipe: Recipe) -> list[EventWriter]:
+def _writers(recipe: Recipe, resumed: bool) -> list[EventWriter]:
     cut_off_half_line(recipe.output_dir)
-    return [
+    writers = [
         ConsoleWriter(recipe.max_iter, recipe.log_period),
         JSONWriter(f"{recipe.output_dir}/metrics.json"),
         TensorboardXWriter(recipe.output_dir),
         CurvesWriter(recipe.output_dir),
     ]
+    if recipe.wandb_project:
+        writers.append(WandbWriter(recipe.wandb_project, recipe.output_dir, recipe.config, resumed=resumed))
+    return writers
 
 
 def _log_size(model: nn.Module) -> None:

@@ -34,4 +34,5 @@ train = dict(
     ema_decay=0.0,
     accumulation_steps=1,
     reference_batch_size=0,
+    wandb_project="",
 )
