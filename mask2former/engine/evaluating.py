@@ -68,11 +68,10 @@ class MissedEvaluation(HookBase):
         steps = self.trainer.start_iter
         if steps == 0:
             return
-        evaluated, written = comm.all_gather(self._has_metrics_of(steps))[
-            0
-        ]  # as the main process has them, which writes
+        found = comm.all_gather(self._has_metrics_of(steps))
+        evaluated, written = found[0]  # by the main process, which writes them
         due = self._eval_period > 0 and steps % self._eval_period == 0 and steps < self.trainer.max_iter
-        missed = due and not evaluated
+        missed = bool(self._evaluating) and due and not evaluated
         self.trainer.iter = self.trainer.storage.iter = steps - 1
         if missed:
             logging.getLogger(__name__).info("evaluating after step %d, which was not done before", steps)
