@@ -43,7 +43,7 @@ class FiniteSteps(HookBase):
         self._loader = loader if hasattr(loader, "load_state_dict") else None
         self._position: Any = None
         self._passes: list[tuple[list[str], dict[str, Tensor]]] = []  # files and losses of the step's forward passes
-        self._norms: Tensor | None = None  # of the last step's gradients
+        self._norms: tuple[list[str], Tensor] | None = None  # of the last step's gradients, by name
         self._hook: Any = None
 
     def before_train(self) -> None:
@@ -56,8 +56,11 @@ class FiniteSteps(HookBase):
 
     def after_backward(self) -> None:
         values = torch.stack([loss.float() for _, losses in self._passes for loss in losses.values()])
+        found = _not_finite(values)
         norms = None if self._is_scaled() else _norms(self._gradients())
-        if _any_rank(_not_finite(values) if norms is None else _not_finite(values) | _not_finite(norms)):
+        if norms is not None:
+            found |= _not_finite(norms[1])
+        if _any_rank(found):
             self._end()
         self._norms = norms
 
@@ -83,17 +86,15 @@ class FiniteSteps(HookBase):
         step = self.trainer.iter + 1
         own = [_Pass(files, {k: v.item() for k, v in losses.items()}) for files, losses in self._passes]
         passes = [each for of_rank in comm.all_gather(own) for each in of_rank]
-        names = list(self._gradients())
-        norms = _norms(self._gradients())
-        if self._is_scaled():
-            norms = norms / self.trainer.grad_scaler.get_scale()
-        gradients = dict(zip(names, norms.tolist(), strict=True))
+        names, norms = _norms(self._gradients())
+        scale = self.trainer.grad_scaler.get_scale() if self._is_scaled() else 1
+        gradients = _by_name(names, norms / scale)
         cause = _cause(passes, gradients)
         logger.error("step %d is not taken; not finite: %s", step, cause)
         for line in [*map(str, passes), *_describe(gradients)]:
             logger.error(line)
         if self._norms is not None:
-            logger.error("in the step before: %s", _largest(dict(zip(names, self._norms.tolist(), strict=True))))
+            logger.error("in the step before: %s", _largest(_by_name(*self._norms)))
         raise UserError(
             f"step {step} is not taken; not finite: {cause}; {self._keep_weights()}. The log has all losses and the "
             "largest gradients: look at the pictures, or lower SOLVER.BASE_LR"
@@ -170,8 +171,13 @@ def _any_rank(found: Tensor) -> bool:
     return bool(found)
 
 
-def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(gradients.values()))).float()
+def _norms(gradients: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
+    """Names, and their gradients' norms, which are still on the device."""
+    return list(gradients), torch.stack(torch._foreach_norm(list(gradients.values()))).float()
+
+
+def _by_name(names: Sequence[str], norms: Tensor) -> dict[str, float]:
+    return dict(zip(names, norms.tolist(), strict=True))
 
 
 def _not_finite(values: Tensor) -> Tensor:
