@@ -175,6 +175,11 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # picture's weight depends on the pictures beside it; and mask losses are divided by at least one object a process.
     cfg.MODEL.MASK_FORMER.NORMALIZE_OVER_RANKS = False
 
+    # Parts that compute what is inside their layers once more in the backward pass instead of keeping it: less memory,
+    # more time. Some of "backbone", "pixel_decoder", "transformer_decoder". MODEL.SWIN.USE_CHECKPOINT, which is
+    # published, does the same as "backbone". Not for Detectron2's SemanticSegmentor (the per-pixel baselines).
+    cfg.MODEL.MASK_FORMER.ACTIVATION_CHECKPOINTING = []
+
     test = cfg.MODEL.MASK_FORMER.TEST
     # Instances with a lower score are left out of the instance output.
     test.INSTANCE_SCORE_THRESHOLD = 0.0

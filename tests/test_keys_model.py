@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from config_keys import SWIN, H, M, build, effect_of, losses, names, picture, predict
+from config_keys import SWIN, H, M, build, effect_of, losses, names, picture, predict, train_sample
 from torch import Tensor, nn
 
 from mask2former.errors import UserError
@@ -67,6 +67,29 @@ def test_points_of_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {logits.shape for logits in drawn} == {(6, 50)}
     assert certainty_of({f"{M}OVERSAMPLE_RATIO": 20.0}) < 0.9 * usual
     assert certainty_of({f"{M}IMPORTANCE_SAMPLE_RATIO": 0.0}) > 1.1 * usual
+
+
+@effect_of(f"{M}ACTIVATION_CHECKPOINTING")
+def test_layers_that_are_computed_twice() -> None:
+    """test_modeling_checkpointing.py compares results and memory."""
+
+    def calls(parts: list[str]) -> list[str]:
+        model = build({f"{M}ACTIVATION_CHECKPOINTING": parts}).train()
+        head, called = model.sem_seg_head, []
+        layers = {
+            "backbone": model.backbone.res4[1],
+            "pixel_decoder": head.pixel_decoder.transformer.encoder.layers[0],
+            "transformer_decoder": head.predictor.transformer_ffn_layers[0],
+        }
+        for name, layer in layers.items():
+            layer.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        sum(model([train_sample()]).values()).backward()
+        return sorted(called)
+
+    once = ["backbone", "pixel_decoder", "transformer_decoder"]
+    assert calls([]) == once
+    for part in once:
+        assert calls([part]) == sorted([*once, part])
 
 
 # ---------------------------------------------------------------------------------- transformer decoder

@@ -361,8 +361,8 @@ def test_keys_that_change_what_is_computed(key: str) -> None:
 
 
 def test_key_that_turns_checkpointing_on() -> None:
-    assert all(layer.use_checkpoint for layer in from_config(**SMALL_KEYS, USE_CHECKPOINT=True).layers)
-    assert not any(layer.use_checkpoint for layer in from_config(**SMALL_KEYS).layers)
+    assert all(layer.checkpointing for layer in from_config(**SMALL_KEYS, USE_CHECKPOINT=True).layers)
+    assert not any(layer.checkpointing for layer in from_config(**SMALL_KEYS).layers)
 
 
 def test_number_types_and_copies() -> None:

@@ -12,6 +12,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from .backbone.frozen_norm import fold_frozen_norms
+from .checkpointing import checkpoint_activations
 from .criterion import SetCriterion
 from .inference import InferenceSettings, postprocess
 from .matcher import HungarianMatcher
@@ -33,6 +34,8 @@ class MaskFormer(nn.Module):
         inference: what inference makes.
         size_divisibility: pictures are padded to a multiple of this; negative: of what the backbone asks for.
         pixel_mean, pixel_std: of each input channel, in the range of the pictures (0 to 255).
+        activation_checkpointing: parts whose layers are computed once more in the backward pass, see
+            :func:`checkpointing.checkpoint_activations`.
     """
 
     pixel_mean: Tensor
@@ -49,6 +52,7 @@ class MaskFormer(nn.Module):
         size_divisibility: int = 32,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        activation_checkpointing: Sequence[str] = (),
     ) -> None:
         super().__init__()
         fold_frozen_norms(backbone)
@@ -59,6 +63,7 @@ class MaskFormer(nn.Module):
         self.size_divisibility = backbone.size_divisibility if size_divisibility < 0 else size_divisibility
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        checkpoint_activations(self, activation_checkpointing)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -91,6 +96,7 @@ class MaskFormer(nn.Module):
             "size_divisibility": mask_former.SIZE_DIVISIBILITY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "activation_checkpointing": mask_former.ACTIVATION_CHECKPOINTING,
         }
 
     @property

@@ -50,6 +50,11 @@ class PerPixelHead(RenamesOldWeights, LossInParts, ABC):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         head = cfg.MODEL.SEM_SEG_HEAD
+        if cfg.MODEL.MASK_FORMER.ACTIVATION_CHECKPOINTING:
+            raise UserError(
+                "MODEL.MASK_FORMER.ACTIVATION_CHECKPOINTING needs MaskFormer, and the model is a per-pixel baseline: "
+                "set it to []"
+            )
         return {
             "input_shape": {name: shape for name, shape in input_shape.items() if name in head.IN_FEATURES},
             "pixel_decoder": build_pixel_decoder(cfg, input_shape),

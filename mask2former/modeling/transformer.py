@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import MultiheadAttention, initialize_matrices
+from .checkpointing import LayerCheckpointing
 
 __all__ = [
     "Transformer",
@@ -118,7 +119,7 @@ class TransformerDecoderLayer(TransformerLayer):
         return self.add(x, self.feed_forward, self.norm3)
 
 
-class TransformerEncoder(nn.Module):
+class TransformerEncoder(LayerCheckpointing):
     """Encoder layers, with one more norm at the end where they are pre-norm."""
 
     def __init__(
@@ -133,11 +134,11 @@ class TransformerEncoder(nn.Module):
     def forward(self, x: Tensor, position: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map cells (B, S, C), see ``TransformerEncoderLayer``."""
         for layer in self.layers:
-            x = layer(x, position, bias)
+            x = self.run_layer(layer, x, position, bias)
         return self.norm(x)
 
 
-class TransformerDecoder(nn.Module):
+class TransformerDecoder(LayerCheckpointing):
     """Decoder layers; one norm, shared, is applied to what each of them gives."""
 
     def __init__(
@@ -155,7 +156,7 @@ class TransformerDecoder(nn.Module):
         """Map queries (B, Q, C), see ``TransformerDecoderLayer``, to those after each layer, normed: (L, B, Q, C)."""
         outputs = []
         for layer in self.layers:
-            x = layer(x, query_position, memory, position, bias)
+            x = self.run_layer(layer, x, query_position, memory, position, bias)
             outputs.append(self.norm(x))
         return torch.stack(outputs)
 

@@ -84,4 +84,5 @@ model = L(MaskFormer)(
     size_divisibility=32,
     pixel_mean=[123.675, 116.280, 103.530],
     pixel_std=[58.395, 57.120, 57.375],
+    activation_checkpointing=[],
 )

@@ -1,7 +1,7 @@
 """Convolutions that do the work of the frozen batch norm behind them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
-__all__ = ["fold_frozen_norms"]
+__all__ = ["fold_frozen_norms", "keep_scaled_weights"]
 
 
 def fold_frozen_norms(module: nn.Module) -> None:
@@ -24,7 +24,20 @@ def fold_frozen_norms(module: nn.Module) -> None:
             part.__class__ = _ConvWithFrozenNorm  # it keeps its parameters, hooks and places in the model
 
 
+def keep_scaled_weights(module: nn.Module) -> None:
+    """Let convolutions in ``module`` keep their scaled weights for gradients.
+
+    For what is computed once more in the backward pass, scaled weights too. Nothing of it is kept till then, but what
+    other functions than that of activation checkpointing pack.
+    """
+    for part in module.modules():
+        if isinstance(part, _ConvWithFrozenNorm):
+            part.keeps_scaled_weights = True
+
+
 class _ConvWithFrozenNorm(Conv2d):
+    keeps_scaled_weights = False
+
     def forward(self, x: Tensor) -> Tensor:
         """As the class it is derived from."""
         norm = self.norm
@@ -32,9 +45,15 @@ class _ConvWithFrozenNorm(Conv2d):
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        with _made_again_for_backward(lambda: self.weight * scale[:, None, None, None]) as weight:
+        with self._scaled(scale[:, None, None, None]) as weight:
             x = F.conv2d(x, weight, norm.bias - mean * scale, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def _scaled(self, scale: Tensor) -> AbstractContextManager[Tensor]:
+        """The weights that convolve in the block."""
+        if self.keeps_scaled_weights:
+            return nullcontext(self.weight * scale)
+        return _made_again_for_backward(lambda: self.weight * scale)
 
 
 @contextmanager

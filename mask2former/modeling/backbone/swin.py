@@ -16,10 +16,10 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from ...errors import UserError
+from ..checkpointing import LayerCheckpointing
 
 __all__ = ["D2SwinTransformer"]
 
@@ -228,7 +228,7 @@ class PatchEmbedding(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
 
 
-class SwinStage(nn.Module):
+class SwinStage(LayerCheckpointing):
     """Blocks on maps of one size, then what makes the next stage's maps of theirs."""
 
     def __init__(
@@ -238,16 +238,13 @@ class SwinStage(nn.Module):
         self.window_size = window_size
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
-        self.use_checkpoint = use_checkpoint
+        self.checkpointing = use_checkpoint
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, H, W, C) to this stage's output (B, H, W, C) and the next stage's input."""
         mask = shift_mask(x, self.window_size)
         for block in self.blocks:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
+            x = self.run_layer(block, x, mask)
         return x, self.downsample(x)
 
 

@@ -15,6 +15,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
+from ..checkpointing import LayerCheckpointing
 from ..position_encoding import PositionEmbeddingSine
 from ..transformer import TransformerEncoderOnly
 
@@ -33,7 +34,7 @@ Norm = str | Callable[[int], nn.Module]
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
-class BasePixelDecoder(nn.Module):
+class BasePixelDecoder(LayerCheckpointing):
     """A feature pyramid network, from the coarsest backbone feature to the finest.
 
     Args:
@@ -75,12 +76,15 @@ class BasePixelDecoder(nn.Module):
         """
         maps: list[Tensor] = []
         for index, name in reversed(list(enumerate(self.in_features, start=1))):
-            x = features[name]
-            if maps:
-                x = self.get_submodule(f"adapter_{index}")(x)
-                x = x + F.interpolate(maps[-1], size=x.shape[-2:], mode="nearest")
-            maps.append(self.get_submodule(f"layer_{index}")(x))
+            maps.append(self.run_layer(self._step, index, features[name], maps[-1] if maps else None))
         return self.mask_features(maps[-1]), None, maps[:NUM_DECODER_LEVELS]
+
+    def _step(self, index: int, x: Tensor, coarse: Tensor | None) -> Tensor:
+        """The next map of the pyramid: a backbone feature with the map before, if there is one."""
+        if coarse is not None:
+            x = self.get_submodule(f"adapter_{index}")(x)
+            x = x + F.interpolate(coarse, size=x.shape[-2:], mode="nearest")
+        return self.get_submodule(f"layer_{index}")(x)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()

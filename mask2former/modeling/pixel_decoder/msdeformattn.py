@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import UserError
 from ...ops import MSDeformAttn
+from ..checkpointing import LayerCheckpointing
 from ..position_encoding import PositionEmbeddingSine
 from ..precision import is_autocast_to_bfloat16
 from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv, pyramid_arguments
@@ -91,7 +92,7 @@ def _is_plain_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
-class MSDeformAttnTransformerEncoder(nn.Module):
+class MSDeformAttnTransformerEncoder(LayerCheckpointing):
     """A stack of encoder layers over the flattened levels."""
 
     def __init__(self, layers: Sequence[MSDeformAttnTransformerEncoderLayer]) -> None:
@@ -101,7 +102,7 @@ class MSDeformAttnTransformerEncoder(nn.Module):
     def forward(self, x: Tensor, position: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
         reference_points = cell_centres(spatial_shapes, x.device)
         for layer in self.layers:
-            x = layer(x, position, reference_points, spatial_shapes)
+            x = self.run_layer(layer, x, position, reference_points, spatial_shapes)
         return x
 
 
@@ -157,7 +158,7 @@ class MSDeformAttnTransformer(nn.Module):
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
-class MSDeformAttnPixelDecoder(nn.Module):
+class MSDeformAttnPixelDecoder(LayerCheckpointing):
     """Deformable transformer encoder over the coarse features, then an FPN up to ``common_stride``.
 
     Args:
@@ -245,12 +246,15 @@ class MSDeformAttnPixelDecoder(nn.Module):
                 features = {name: x.float() for name, x in features.items()}
             maps = self._encode(features)
             for index, name in reversed(list(enumerate(self.fpn_features, start=1))):
-                lateral = self.get_submodule(f"adapter_{index}")(features[name])
-                # As it lies in memory, but for gaps.
-                coarse = maps[-1].to(lateral.dtype, memory_format=torch.channels_last)
-                upsampled = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-                maps.append(self.get_submodule(f"layer_{index}")(upsampled.add_(lateral)))
+                maps.append(self.run_layer(self._step, index, features[name], maps[-1]))
             return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
+
+    def _step(self, index: int, feature: Tensor, coarse: Tensor) -> Tensor:
+        """The next map of the pyramid: a backbone feature with the map before."""
+        lateral = self.get_submodule(f"adapter_{index}")(feature)
+        coarse = coarse.to(lateral.dtype, memory_format=torch.channels_last)  # as it lies in memory, but for gaps
+        upsampled = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return self.get_submodule(f"layer_{index}")(upsampled.add_(lateral))
 
     def _encode(self, features: dict[str, Tensor]) -> list[Tensor]:
         maps = [

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..checkpointing import LayerCheckpointing
 from ..old_names import RenamesOldWeights
 from ..position_encoding import PositionEmbeddingSine
 from ..predictions import Predictions
@@ -24,7 +25,7 @@ NUM_FEATURE_LEVELS = 3
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
-class MultiScaleMaskedTransformerDecoder(RenamesOldWeights):
+class MultiScaleMaskedTransformerDecoder(RenamesOldWeights, LayerCheckpointing):
     """Queries that attend, layer by layer, to what the previous layer's masks cover, one feature scale a layer.
 
     Args:
@@ -117,19 +118,10 @@ class MultiScaleMaskedTransformerDecoder(RenamesOldWeights):
 
         class_logits, mask_embeddings = self._predict(x)
         predictions = [(class_logits, mask_embeddings)]
-        for index, (cross_attention, self_attention, ffn) in enumerate(
-            zip(
-                self.transformer_cross_attention_layers,
-                self.transformer_self_attention_layers,
-                self.transformer_ffn_layers,
-                strict=True,
-            )
-        ):
+        for index in range(len(self.transformer_ffn_layers)):
             level = index % NUM_FEATURE_LEVELS
             bias = masked_attention_bias(mask_embeddings, level_features[level])
-            x = cross_attention(x, query_position, memories[level], positions[level], bias)
-            x = self_attention(x, query_position)
-            x = ffn(x)
+            x = self.run_layer(self._layer, index, x, query_position, memories[level], positions[level], bias)
             class_logits, mask_embeddings = self._predict(x)
             predictions.append((class_logits, mask_embeddings))
         return Predictions(
@@ -137,6 +129,14 @@ class MultiScaleMaskedTransformerDecoder(RenamesOldWeights):
             mask_embeddings=torch.stack([embeddings for _, embeddings in predictions]),
             mask_features=mask_features,
         )
+
+    def _layer(
+        self, index: int, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor, bias: Tensor
+    ) -> Tensor:
+        """Queries (B, Q, C) behind a layer; the other arguments are those of ``CrossAttentionLayer``."""
+        x = self.transformer_cross_attention_layers[index](x, query_position, memory, position, bias)
+        x = self.transformer_self_attention_layers[index](x, query_position)
+        return self.transformer_ffn_layers[index](x)
 
     def _flatten(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Memory (B, H_l*W_l, C) and its position embedding (1, H_l*W_l, C) of each level."""
