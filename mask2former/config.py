@@ -229,6 +229,9 @@ def _add_own_keys(cfg: CfgNode) -> None:
     # Parts into which each process's share of SOLVER.IMS_PER_BATCH is split, that go through the model one after the
     # other: less memory, and the same step (mask2former/engine/accumulation.py says what differs).
     cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Spread the optimizer's state over the processes of the run (ZeRO, stage 1): each keeps 1 / N of AdamW's 8 bytes a
+    # parameter. The steps are the same, and checkpoints go on with any number of processes, sharded or not.
+    cfg.SOLVER.SHARD_OPTIMIZER = False
     # The batch size that the recipe's numbers are for (0: whatever SOLVER.IMS_PER_BATCH is). With another IMS_PER_BATCH
     # the learning rate is scaled in proportion, and MAX_ITER, STEPS, WARMUP_ITERS and the periods of evaluation and
     # checkpoints inversely, as Detectron2 does by SOLVER.REFERENCE_WORLD_SIZE, which scales IMS_PER_BATCH too.

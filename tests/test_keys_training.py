@@ -70,6 +70,31 @@ def test_gradient_clipping(clip_type: str | None, expected: list[float]) -> None
     assert [parameter.grad.item() for parameter in model] == pytest.approx(expected, rel=1e-4)
 
 
+# Options for YAML recipes and for LazyConfigs.
+NO_CLIPPING = (("SOLVER.CLIP_GRADIENTS.ENABLED", "False"), ("optimizer.clip_type", "null"))
+
+
+@effect_of("SOLVER.SHARD_OPTIMIZER")
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml", "SOLVER.SHARD_OPTIMIZER"),
+        ("lazy/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.py", "optimizer.shard"),
+    ],
+)
+def test_sharding(monkeypatch: pytest.MonkeyPatch, path: str, key: str) -> None:
+    """The switch reaches the optimizer, which several processes share; test_engine_sharding.py has them."""
+    built = []
+    monkeypatch.setattr("mask2former.engine.sharding.ShardedOptimizer", lambda *given, **_: built.append(given[1]))
+    model = nn.LayerNorm(4)
+    assert type(load(path, key, "True").build_optimizer(model)) is torch.optim.AdamW  # of one process: nothing to share
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    for value in ("False", "True"):
+        recipe = load(path, key, value, *NO_CLIPPING[path.endswith(".py")])
+        recipe.build_optimizer(model)
+    assert built == [torch.optim.AdamW]
+
+
 @effect_of("SOLVER.AMP.ENABLED")
 def test_mixed_precision(repository: Path) -> None:
     """The switch reaches the loop, which heeds it on CUDA devices."""

@@ -37,6 +37,8 @@ class LRScheduler(hooks.LRScheduler):
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     """Detectron2's hook, which keeps the newest checkpoints in the output folder, whichever part of a run wrote them.
 
+    It is there on all processes, whose parts of a checkpoint the main one writes.
+
     Args:
         checkpointer: a ``Checkpointer``.
         period: steps between checkpoints.
@@ -49,11 +51,13 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
     def before_train(self) -> None:
         super().before_train()
-        self.checkpointer.remove_unfinished()
+        if self.checkpointer.save_to_disk:
+            self.checkpointer.remove_unfinished()
 
     def after_step(self) -> None:
         super().after_step()
-        if self._keep is not None and (self.trainer.iter + 1) % self.period == 0:
+        due = (self.trainer.iter + 1) % self.period == 0
+        if self._keep is not None and due and self.checkpointer.save_to_disk:
             for path in self.checkpointer.numbered_files()[: -self._keep]:
                 os.remove(path)
 

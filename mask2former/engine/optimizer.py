@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
+from detectron2.utils import comm
 from torch import nn
 
 from ..errors import UserError
@@ -79,6 +80,7 @@ def _from_config(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         "clip_type": solver.CLIP_GRADIENTS.CLIP_TYPE if solver.CLIP_GRADIENTS.ENABLED else None,
         "clip_value": solver.CLIP_GRADIENTS.CLIP_VALUE,
         "clip_norm_type": solver.CLIP_GRADIENTS.NORM_TYPE,
+        "shard": solver.SHARD_OPTIMIZER,
     }
 
 
@@ -96,6 +98,7 @@ def build_optimizer(
     clip_type: str | None = "full_model",
     clip_value: float = 0.01,
     clip_norm_type: float = 2.0,
+    shard: bool = False,
 ) -> torch.optim.Optimizer:
     """Build the optimizer from keyword values, or ``build_optimizer(cfg, model)`` from ``SOLVER``.
 
@@ -107,6 +110,7 @@ def build_optimizer(
             Detectron2's), or None.
         clip_value: the largest norm, or value.
         clip_norm_type: p of the norm where ``clip_type`` is "norm".
+        shard: spread the optimizer's state over the processes of the run, see ``ShardedOptimizer``.
 
     Raises:
         UserError: if ``name`` or ``clip_type`` is unknown.
@@ -124,11 +128,16 @@ def build_optimizer(
         weight_decay_embed=weight_decay_embed,
         backbone_multiplier=backbone_multiplier,
     )
-    extra = {"momentum": momentum} if name == "SGD" else {}
+    options = {"lr": base_lr, **({"momentum": momentum} if name == "SGD" else {})}
+    optimizer_class = optimizers[name]
     if clip_type in ("value", "norm"):
-        optimizer_class = _with_parameter_clipping(optimizers[name], clip_type, clip_value, clip_norm_type)
-        return optimizer_class(groups, lr=base_lr, **extra)
-    optimizer = optimizers[name](groups, lr=base_lr, **extra)
+        optimizer_class = _with_parameter_clipping(optimizer_class, clip_type, clip_value, clip_norm_type)
+    if shard and comm.get_world_size() > 1:
+        from .sharding import ShardedOptimizer  # not every build of torch can load it
+
+        optimizer: torch.optim.Optimizer = ShardedOptimizer(groups, optimizer_class, **options)
+    else:
+        optimizer = optimizer_class(groups, **options)
     if clip_type == "full_model" and clip_value > 0:
         clip_full_model_gradients(optimizer, clip_value)
     return optimizer

@@ -28,6 +28,7 @@ def for_all_ranks(model: nn.Module) -> nn.Module:
         # With this, gradients aren't laid out anew behind the first step. The sum of three numbers or more depends on
         # their order, and that on the layout. On GPUs it would cost time, and other sums vary there anyway.
         find_unused_parameters=not on_cuda and comm.get_world_size() > 2,
+        gradient_as_bucket_view=True,  # else gradients are in memory twice
     )
 
 

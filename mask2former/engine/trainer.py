@@ -28,6 +28,7 @@ from .hooks import ConsoleWriter, LossHistory, LRScheduler, PeriodicCheckpointer
 from .parallel import for_all_ranks, share_statistics
 from .recipe import Recipe, TestSet
 from .repeatable import Repeatable
+from .run_checkpointer import RunCheckpointer
 from .wandb_writer import WandbWriter, check_wandb
 
 __all__ = ["evaluate", "evaluate_augmented", "evaluate_weights", "train"]
@@ -57,13 +58,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
     _log_size(model)
     trainer = _trainer(recipe, for_all_ranks(model), loader, optimizer)
     average = _average(recipe, model)
-    checkpointer = Checkpointer(model, recipe.output_dir, trainer=trainer, **_averaged_state(average))
+    checkpointer = RunCheckpointer(
+        model, recipe.output_dir, optimizer=optimizer, trainer=trainer, **_averaged_state(average)
+    )
     save_on_interrupt = SaveOnInterrupt(checkpointer)
     results: Results = {}
 
     def evaluate_now() -> Results:
         evaluated = average.model if average else model
         share_statistics(evaluated)
+        checkpointer.gather()  # what ends an evaluation may come to one process alone, which saves then
         with save_on_interrupt.evaluating():
             results.update(evaluate(recipe, evaluated))
         return results
@@ -83,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Results:
             LossHistory(),
             average,
             LRScheduler(optimizer, scheduler),
-            PeriodicCheckpointer(checkpointer, recipe.checkpoint_period, keep=recipe.max_checkpoints) if main else None,
+            PeriodicCheckpointer(checkpointer, recipe.checkpoint_period, keep=recipe.max_checkpoints),
             save_on_interrupt,
             *evaluating,
             MissedEvaluation(evaluating, writer, eval_period=recipe.eval_period, output_dir=recipe.output_dir),

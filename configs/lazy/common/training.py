@@ -17,6 +17,7 @@ optimizer = L(build_optimizer)(
     backbone_multiplier=0.1,
     clip_type="full_model",
     clip_value=0.01,
+    shard=False,
 )
 train = dict(
     output_dir="./output",
