@@ -1,6 +1,8 @@
 """A model that trains on several processes."""
 
+import inspect
 import logging
+from typing import Any
 
 from detectron2.utils import comm
 from torch import distributed, nn
@@ -24,12 +26,18 @@ def for_all_ranks(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[comm.get_local_rank()] if on_cuda else None,
-        broadcast_buffers=False,
+        **_buffers_stay_apart(),
         # With this, gradients aren't laid out anew behind the first step. The sum of three numbers or more depends on
         # their order, and that on the layout. On GPUs it would cost time, and other sums vary there anyway.
         find_unused_parameters=not on_cuda and comm.get_world_size() > 2,
         gradient_as_bucket_view=True,  # else gradients are in memory twice
     )
+
+
+def _buffers_stay_apart() -> dict[str, Any]:
+    """The argument by which a forward pass leaves each process its buffers; from torch 2.14 on it has another name."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 def share_statistics(model: nn.Module) -> None:
