@@ -70,7 +70,7 @@ class FiniteSteps(HookBase):
 
     def _remember(self, model: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
         if model.training:
-            files = [sample.get("file_name", "a picture without a file name") for sample in inputs[0]]
+            files = [_file_name(sample) for sample in inputs[0]]
             losses = outputs if isinstance(outputs, Mapping) else {"total_loss": outputs}
             self._passes.append((files, {name: loss.detach() for name, loss in losses.items()}))
 
@@ -114,6 +114,11 @@ class FiniteSteps(HookBase):
         path = comm.all_gather(self._checkpointer.get_checkpoint_file())[0]
         where = f"--resume goes on from {path}" if path else "there is no checkpoint to go on from"
         return f"nor is {_shortened(broken)} of the model; {where}" if broken else where
+
+
+def _file_name(sample: Any) -> str:
+    name = sample.get("file_name") if isinstance(sample, Mapping) else None
+    return name or "a picture without a file name"
 
 
 @dataclass
