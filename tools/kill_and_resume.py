@@ -88,8 +88,8 @@ END_LIMIT = 60  # seconds until a kill has ended all processes
 STARTS = r"Starting training from iteration (\d+)|the run is complete: (\d+) of"
 SAVES = r"Saving checkpoint to \S+model_(\d+)\.pth"
 EVALUATES, HAS_EVALUATED = "Start inference on", "copypaste: Task: segm"
-POLL = 0.002  # seconds
-DEPTH = 0.02  # seconds: so far into a checkpoint's writing or an evaluation, at most
+# Seconds: between two looks; behind a line of the log, at most; into a checkpoint's writing or an evaluation, at most.
+POLL, PAUSE, DEPTH = 0.002, 0.5, 0.02
 # Where a kill comes.
 CHECKPOINT, EVALUATION, STEP = "in a checkpoint", "in an evaluation", "elsewhere"
 # In metrics.json, what differs from run to run.
@@ -235,6 +235,11 @@ class Log:
         found = re.search(STARTS, self.text)
         return int(found[1] or found[2]) if found else None
 
+    def lines(self) -> int:
+        """That it has from the first step on; 0: training has not started."""
+        found = re.search(STARTS, self.text)
+        return self.text.count("\n", found.start()) if found else 0
+
     def is_evaluating(self) -> bool:
         text = self.text
         return text.count(EVALUATES) > text.count(HAS_EVALUATED)
@@ -341,31 +346,28 @@ class Run:
         self._printed = folder / f"{name}.txt"
         self._command = setting.command(folder, self.output)
 
-    def finish(self) -> tuple[float, list[str]]:
-        """Start or resume it: seconds that the training took, and what was wrong."""
+    def finish(self) -> tuple[int, list[str]]:
+        """Start or resume it: lines of the log from the first step on, and what was wrong."""
         newest, log = newest_checkpoint(self.output), Log(self.output)
-        with started(self._command, self._printed) as program:
-            wait(program, lambda: log.first_step() is not None)
-            start = time.monotonic()
-            with suppress(subprocess.TimeoutExpired):
-                program.wait(LIMIT)
+        with started(self._command, self._printed) as program, suppress(subprocess.TimeoutExpired):
+            program.wait(LIMIT)
         problems = [f"exit code {program.returncode}, see {self._printed}"] if program.returncode else []
-        return time.monotonic() - start, problems + wrong_start(log, newest)
+        return log.lines(), problems + wrong_start(log, newest)
 
-    def kill(self, draw: random.Random, seconds: float) -> Kill | None:
+    def kill(self, draw: random.Random, lines: float) -> Kill | None:
         """Start or resume it, and kill it at a random moment; None if it ended before.
 
         Args:
             draw: the moment, and what is killed.
-            seconds: the moment is in the first ones behind the start of training, or soon after.
+            lines: the moment is behind one of the first lines of the log, from the first step on, or later.
         """
         newest, log = newest_checkpoint(self.output), Log(self.output)
         target = draw.choice(self.setting.targets())
-        is_moment, delay = self._moment(draw, log), draw.random() * seconds
+        is_moment, line = self._moment(draw, log), draw.random() * lines
         with started(self._command, self._printed) as program:
-            if not wait(program, lambda: log.first_step() is not None):
+            if not wait(program, lambda: log.lines() > line):
                 return None
-            time.sleep(delay)
+            time.sleep(draw.random() * PAUSE)
             # What was waited for may be over when all processes have been stopped.
             while wait(program, is_moment):
                 time.sleep(draw.random() * DEPTH)
@@ -408,16 +410,16 @@ def wrong_start(log: Log, newest: int | None) -> list[str]:
     return [] if step == expected else [f"it went on from step {step}, not {expected}"]
 
 
-def kill_and_finish(run: Run, kills: int, draw: random.Random, expected: Path, seconds: float) -> list[Kill]:
+def kill_and_finish(run: Run, kills: int, draw: random.Random, expected: Path, lines: int) -> list[Kill]:
     """Kill a run, at most so often, resume it to its end, and compare it: each kill with what was wrong.
 
     Args:
-        seconds: that the whole training takes.
+        lines: of the log of an uninterrupted run.
     """
     done: list[Kill] = []
     while len(done) < kills:
-        left = seconds * (1 - (newest_checkpoint(run.output) or 0) / STEPS)
-        kill = run.kill(draw, 2 * left / (kills - len(done) + 1))  # so that there is time for those to come
+        left = lines * (1 - (newest_checkpoint(run.output) or 0) / STEPS)
+        kill = run.kill(draw, 2 * left / (kills - len(done) + 1))  # so that something is left for those to come
         if kill is None:
             break
         done.append(kill)
@@ -430,7 +432,7 @@ def kill_and_finish(run: Run, kills: int, draw: random.Random, expected: Path, s
     return done
 
 
-def check(setting: Setting, kills: int, folder: Path, expected: Path, seconds: float, seed: int) -> list[Kill]:
+def check(setting: Setting, kills: int, folder: Path, expected: Path, lines: int, seed: int) -> list[Kill]:
     """Kill runs of a setting until there are so many kills; a line for each is printed."""
     draw = random.Random(f"{seed} {setting}")
     done: list[Kill] = []
@@ -439,7 +441,7 @@ def check(setting: Setting, kills: int, folder: Path, expected: Path, seconds: f
             break
         started_by = setting._replace(torchrun=setting.processes > 1 and number % 3 == 1)
         run = Run(started_by, folder, f"run_{setting.processes}_{setting.workers}_{number}")
-        for kill in kill_and_finish(run, min(KILLS_OF_A_RUN, kills - len(done)), draw, expected, seconds):
+        for kill in kill_and_finish(run, min(KILLS_OF_A_RUN, kills - len(done)), draw, expected, lines):
             done.append(kill)
             print(f"{started_by}, kill {len(done)}: {kill}", flush=True)
     return done
@@ -474,13 +476,13 @@ def check_all(args: argparse.Namespace, folder: Path) -> dict[Setting, list[Kill
     results = {}
     for processes in args.processes:
         whole = Run(Setting(processes, 0), folder, f"uninterrupted_{processes}")
-        seconds, problems = whole.finish()
+        lines, problems = whole.finish()
         if problems:
             raise UserError(f"the uninterrupted run failed: {'; '.join(problems)}")
-        print(f"{whole.setting}: uninterrupted, {seconds:.1f} s from the first step on", flush=True)
+        print(f"{whole.setting}: uninterrupted", flush=True)
         for workers in args.workers:
             setting = Setting(processes, workers)
-            results[setting] = check(setting, args.kills, folder, whole.output, seconds, args.seed)
+            results[setting] = check(setting, args.kills, folder, whole.output, lines, args.seed)
     return results
 
 
