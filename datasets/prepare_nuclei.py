@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mask2former.data.datasets import data_set_root, read_classes
-from mask2former.data.datasets.panoptic import load_json
+from mask2former.data.datasets.coco_format import load_instances_json
 from mask2former.data.panoptic_files import instances_to_panoptic, write_whole
 from mask2former.errors import UserError, command
 
@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check_input(source: Path, split: str) -> None:
     """Raise ``UserError`` if the split's annotations or some of its pictures are missing."""
     annotations = source / "annotations" / f"{split}.json"
-    images = load_json(annotations, "give the folder of the nuclei as --input, or other --splits")["images"]
+    hint = "give the folder of the nuclei as --input, or other --splits"
+    classes = [category["id"] for category in read_classes("nuclei")]
+    images = load_instances_json(annotations, hint, classes)["images"]
     missing = [image["file_name"] for image in images if not (source / split / image["file_name"]).is_file()]
     if missing:
         raise UserError(

@@ -265,7 +265,7 @@ def test_missing_files_of_published_data_sets(tmp_path: Path) -> None:
         (folder / "images_detectron2/test").mkdir(parents=True)
         (folder / "annotations_detectron2/test").mkdir(parents=True)
         with pytest.raises(
-            UserError, match=r"stuff_10k_sem_seg' can't be loaded: No annotations found in .*README\.md"
+            UserError, match=r"stuff_10k_sem_seg' can't be loaded from '.*': No annotations found in .*README\.md"
         ):
             load_dataset("coco_2017_test_stuff_10k_sem_seg")
 

@@ -357,7 +357,7 @@ BROKEN: dict[str, tuple[tuple[str, Callable[[Path], None]], str]] = {
     ),
     "segment without a class": (
         json_case("panoptic", lambda c: first(c)["segments_info"][0].pop("category_id")),
-        "001.png.*segment 1 has category_id None",
+        "001.png.*segment 1 lacks 'category_id'",
     ),
     "segment twice": (
         json_case("panoptic", lambda c: first(c)["segments_info"].append(first(c)["segments_info"][0])),

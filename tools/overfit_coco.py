@@ -15,7 +15,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 from mask2former.data import register_panoptic
 from mask2former.data.datasets import data_set_root, panoptic_metadata
-from mask2former.data.datasets.panoptic import load_json
+from mask2former.data.datasets.coco_format import load_json
 from mask2former.data.panoptic_files import save_json
 from mask2former.engine import load_recipe, setup_run, train
 from mask2former.errors import UserError, command

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mask2former.data.datasets.panoptic import load_json
+from mask2former.data.datasets.coco_format import load_json
 from mask2former.data.panoptic_files import save_json
 from mask2former.errors import UserError, command
 

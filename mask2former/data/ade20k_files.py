@@ -59,7 +59,7 @@ def read_semantic_labels(path: Path) -> np.ndarray:
 
     Raises ``UserError`` naming the file if it can't be read, or has other labels.
     """
-    labels = read_label_map(path)
+    labels = read_label_map(path, np.int32)
     if labels.max(initial=0) > _CLASSES or labels.min(initial=0) < 0:
         raise UserError(
             f"'{path}' has labels from {labels.min()} to {labels.max()}, expected 0 (none) to {_CLASSES}: download it "
@@ -83,7 +83,7 @@ def read_objects(path: Path) -> tuple[np.ndarray, dict[int, int]]:
         raise UserError(f"'{path}' is grey, expected classes in red and objects in green: get annotations_instance.tar")
     classes = instance_classes()
     objects: dict[int, int] = {}
-    for pair in np.unique(green.astype(int) * 256 + red).tolist():
+    for pair in np.unique(green.astype(np.uint16) * 256 + red).tolist():  # not int: a file can be of any size
         number, label = divmod(pair, 256)
         if number == 0:
             continue

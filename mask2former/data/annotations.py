@@ -15,6 +15,7 @@ masks      (N, H, W) bool, False in the padding; rows without a True pixel are t
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,10 +27,12 @@ from detectron2.data import transforms as T
 from detectron2.utils.logger import log_first_n
 
 from ..errors import UserError
+from .datasets.coco_format import is_whole
 from .images import read_image
 
 __all__ = [
     "AnnotationReader",
+    "check_segmentation",
     "decode_segmentation",
     "ids_from_rgb",
     "read_instances",
@@ -39,6 +42,12 @@ __all__ = [
 ]
 
 AnnotationReader = Callable[[dict[str, Any], T.TransformList, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+# Pixels from the picture's corner that a polygon may reach.
+_FARTHEST = 10**6
+
+# Six bits a letter, of which the highest says that the number goes on.
+_COMPRESSED = re.compile(r"([0-o]*[0-O])?")
 
 # Numbers of one byte, less 0 and 255, which padding may be filled with.
 _MOST_NUMBERS = 254
@@ -98,6 +107,23 @@ def decode_segmentation(segmentation: Any, height: int, width: int, name: str) -
     return _decode_rle(segmentation, height, width, name).astype(bool)
 
 
+def check_segmentation(segmentation: Any, height: int, width: int, name: str) -> None:
+    """Raise ``UserError`` unless pycocotools can make a (height, width) mask of a COCO segmentation.
+
+    It takes what it is given for numbers, and the time and memory of polygons grow with their length in pixels.
+    """
+    if not isinstance(segmentation, list):
+        _decode_rle(segmentation, height, width, name)
+        return
+    for polygon in segmentation:
+        numbers = _numbers(polygon, name)
+        if not numbers.size or not np.abs(numbers).max() <= _FARTHEST:  # neither is NaN
+            raise UserError(
+                f"{name}: it has the polygon {str(polygon)[:60]}, expected points in its picture, which is {width} x "
+                f"{height}"
+            )
+
+
 def _describe(dataset_dict: dict[str, Any], annotation: dict[str, Any], index: int) -> str:
     number = f"id {annotation['id']}" if "id" in annotation else f"number {index + 1}"
     return f"annotation {number} of picture '{dataset_dict['file_name']}'"
@@ -106,17 +132,21 @@ def _describe(dataset_dict: dict[str, Any], annotation: dict[str, Any], index: i
 def _decode_rle(segmentation: Any, height: int, width: int, name: str) -> np.ndarray:
     """The (height, width) uint8 mask, 0 or 1, of a run-length encoding."""
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        raise UserError(f"{name}: expected 'segmentation' with polygons or a run-length encoding, got {segmentation!r}")
-    if list(segmentation["size"]) != [height, width]:
         raise UserError(
-            f"{name}: its run-length encoding has size {list(segmentation['size'])}, but the picture is "
-            f"{height} pixels high and {width} wide"
+            f"{name}: expected 'segmentation' with polygons or a run-length encoding, got {repr(segmentation)[:60]}"
         )
-    counts = segmentation["counts"]
-    if isinstance(counts, list) and (min(counts, default=0) < 0 or sum(counts) != height * width):
+    size, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(size, list | tuple) or list(size) != [height, width]:
         raise UserError(
-            f"{name}: the runs of its run-length encoding add up to {sum(counts)} pixels, expected {height * width}"
+            f"{name}: its run-length encoding has size {str(size)[:60]}, but the picture is {height} pixels high and "
+            f"{width} wide"
         )
+    if isinstance(counts, list):
+        _check_runs(counts, height * width, name)
+    else:
+        text = counts.decode("latin1") if isinstance(counts, bytes) else counts
+        if not isinstance(text, str) or not _COMPRESSED.fullmatch(text):
+            raise UserError(f"{name}: its run-length encoding is {repr(counts)[:60]}, expected a list or COCO's text")
     try:
         rle = coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
         return coco_mask.decode(rle)
@@ -124,11 +154,21 @@ def _decode_rle(segmentation: Any, height: int, width: int, name: str) -> np.nda
         raise UserError(f"{name}: broken run-length encoding: {error}") from error
 
 
+def _check_runs(counts: list[Any], pixels: int, name: str) -> None:
+    for count in counts:
+        if not is_whole(count) or count < 0:
+            raise UserError(f"{name}: its run-length encoding has the run {str(count)[:60]}, expected integers")
+    if sum(counts) != pixels:
+        raise UserError(
+            f"{name}: the runs of its run-length encoding add up to {sum(counts)} pixels, expected {pixels}"
+        )
+
+
 def _mend_polygons(polygons: list[Any], height: int, width: int, name: str) -> list[Rings]:
     """Polygons, each a flat list x0, y0, x1, y1, ..., as rings inside the picture; degenerate ones are dropped."""
     mended = []
     for polygon in polygons:
-        rings = _mend_polygon(np.asarray(polygon, dtype=np.float64), height, width)
+        rings = _mend_polygon(_numbers(polygon, name), height, width)
         if rings:
             mended.append(rings)
         else:
@@ -141,8 +181,19 @@ def _mend_polygons(polygons: list[Any], height: int, width: int, name: str) -> l
     return mended
 
 
+def _numbers(polygon: Any, name: str) -> np.ndarray:
+    """A polygon's numbers (2 P) float64."""
+    try:
+        numbers = np.asarray(polygon)
+    except ValueError:  # lists of different lengths
+        numbers = np.empty((0, 0))
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iuf"):
+        raise UserError(f"{name}: it has the polygon {str(polygon)[:60]}, expected numbers x, y, x, y, ...")
+    return numbers.astype(np.float64)
+
+
 def _mend_polygon(flat: np.ndarray, height: int, width: int) -> Rings:
-    if flat.ndim != 1 or len(flat) % 2 or len(flat) < 6 or not np.isfinite(flat).all():
+    if len(flat) % 2 or len(flat) < 6 or not np.isfinite(flat).all():
         return []
     points = flat.reshape(-1, 2)
     inside = points.min() >= 0 and points[:, 0].max() <= width and points[:, 1].max() <= height

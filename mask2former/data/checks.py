@@ -5,21 +5,22 @@ No picture is decoded: on all of COCO they take seconds.
 
 import difflib
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from ..errors import UserError
-from .datasets.cityscapes import require_cityscapesscripts
-from .datasets.panoptic import load_json
+from .datasets.cityscapes import check_polygon_files, require_cityscapesscripts
+from .datasets.coco_format import is_flag, is_segment_id, is_whole, load_instances_json, load_panoptic_json
 
 __all__ = ["check_dataset", "count_classes", "load_dataset"]
 
 DatasetDicts = list[dict[str, Any]]
 
 _WHERE = "set the environment variable DETECTRON2_DATASETS to the folder of the data sets, see datasets/README.md"
+# What Detectron2's loaders raise for values that they don't expect.
+_BROKEN = (AssertionError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError, ValueError)
 _FILE_KEYS = {"file_name": "pictures", "pan_seg_file_name": "panoptic annotations"}
 
 
@@ -39,22 +40,30 @@ def load_dataset(name: str) -> DatasetDicts:
         raise UserError(f"data set '{name}' needs '{json_file}', which does not exist: {_WHERE}")
     if metadata.get("evaluator_type") == "cityscapes_instance":
         require_cityscapesscripts()
-    try:
-        dicts = DatasetCatalog.get(name)
-    except FileNotFoundError as error:
-        raise UserError(f"data set '{name}' needs '{error.filename}', which does not exist: {_WHERE}") from error
-    except ModuleNotFoundError as error:
-        raise UserError(f"data set '{name}' needs the package {error.name}: pip install {error.name}") from error
-    except (KeyError, AssertionError, ValueError) as error:
-        if is_instances and not isinstance(error, UserError):
-            _check_instances_json(json_file)
-        if isinstance(error, AssertionError):  # so Detectron2's loaders report files that are missing
-            raise UserError(f"data set '{name}' can't be loaded: {error}: {_WHERE}") from error
-        raise
+    dicts = _read(name, metadata)
     if not dicts:
         place = metadata.get("panoptic_json") or json_file or metadata.get("image_root")
         raise UserError(f"data set '{name}' has no pictures: check '{place}'")
     return dicts
+
+
+def _read(name: str, metadata: Metadata) -> DatasetDicts:
+    try:
+        return DatasetCatalog.get(name)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"data set '{name}' needs '{error.filename}', which does not exist: {_WHERE}") from error
+    except OSError as error:
+        raise UserError(f"data set '{name}' needs '{error.filename}', which can't be read: {error.strerror}") from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"data set '{name}' needs the package {error.name}: pip install {error.name}") from error
+    except _BROKEN as error:
+        _explain(metadata)
+        if isinstance(error, AssertionError):  # so Detectron2's loaders report files that are missing
+            place = metadata.get("gt_dir") or metadata.get("sem_seg_root") or metadata.get("json_file")
+            raise UserError(f"data set '{name}' can't be loaded from '{place}': {error}: {_WHERE}") from error
+        raise
 
 
 def check_dataset(
@@ -80,9 +89,7 @@ def check_dataset(
         raise UserError(
             f"{num_classes_key} is {num_classes}, but data set '{name}' has {classes} {noun}: set it to {classes}"
         )
-    limit = classes if classes is not None else num_classes
-    if limit is not None:
-        _check_categories(dicts, limit)
+    _check_values(dicts, classes if classes is not None else num_classes)
     keys = {**_FILE_KEYS, "sem_seg_file_name": "semantic annotations"} if semantic_files else _FILE_KEYS
     for key, noun in keys.items():
         _check_files(name, [d[key] for d in dicts if key in d], noun)
@@ -114,15 +121,35 @@ def _similar(name: str, names: Iterable[str]) -> str:
     return f": did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ": register it first"
 
 
-def _check_categories(dicts: DatasetDicts, num_classes: int) -> None:
+def _check_values(dicts: DatasetDicts, num_classes: int | None) -> None:
+    """Raise ``UserError`` for a size, class, crowd flag or segment id that can't be one."""
     for dataset_dict in dicts:
+        for key in ("height", "width"):
+            if not is_whole(dataset_dict.get(key, 1)):
+                raise UserError(f"'{dataset_dict['file_name']}' has {key} {_short(dataset_dict[key])}, expected pixels")
         for kind in ("annotations", "segments_info"):
             for index, annotation in enumerate(dataset_dict.get(kind, ())):
-                if not 0 <= annotation["category_id"] < num_classes:
-                    raise UserError(
-                        f"'{dataset_dict['file_name']}': annotation {annotation.get('id', f'number {index + 1}')} has "
-                        f"category_id {annotation['category_id']}, expected 0 to {num_classes - 1}"
-                    )
+                problem = _problem(annotation, num_classes, segment=kind == "segments_info")
+                if problem:
+                    number = annotation.get("id", f"number {index + 1}")
+                    raise UserError(f"'{dataset_dict['file_name']}': annotation {number} has {problem}")
+
+
+def _problem(annotation: dict[str, Any], num_classes: int | None, *, segment: bool) -> str:
+    """What is wrong with an annotation, or ""."""
+    category, crowd = annotation["category_id"], annotation.get("iscrowd", 0)
+    if not is_whole(category) or not 0 <= category < (num_classes or category + 1):
+        expected = "an integer" if num_classes is None else f"0 to {num_classes - 1}"
+        return f"category_id {_short(category)}, expected {expected}"
+    if not is_flag(crowd):
+        return f"iscrowd {_short(crowd)}, expected 0 or 1"
+    if segment and not is_segment_id(annotation["id"]):
+        return f"the segment id {_short(annotation['id'])}, expected an integer from 0 to 16777215"
+    return ""
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]
 
 
 def _check_files(name: str, paths: list[str], noun: str) -> None:
@@ -142,23 +169,12 @@ def _check_files(name: str, paths: list[str], noun: str) -> None:
         )
 
 
-def _check_instances_json(path: str) -> None:
-    """Say what is wrong with a file in COCO's instance format that Detectron2 could not load."""
-    content = load_json(path)
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
-        raise UserError(
-            f"'{path}' is not in COCO's instance format: expected 'images', 'annotations' and 'categories' in it"
-        )
-    categories = {category["id"] for category in content["categories"]}
-    counts = Counter(annotation.get("id") for annotation in content["annotations"])
-    for annotation in content["annotations"]:
-        place = f"'{path}': annotation {annotation.get('id')} (of picture {annotation.get('image_id')})"
-        if annotation.get("category_id") not in categories:
-            raise UserError(
-                f"{place} has category_id {annotation.get('category_id')}, which is not among its {len(categories)} "
-                "'categories': correct the annotation or add the category"
-            )
-        if counts[annotation.get("id")] > 1:
-            raise UserError(f"{place}: its id is used more than once: give every annotation an id of its own")
-        if len(annotation.get("bbox", [0] * 4)) != 4:
-            raise UserError(f"{place} has bbox {annotation['bbox']}, expected x, y, width, height")
+def _explain(metadata: Metadata) -> None:
+    """Say what is wrong with the files that a loader of Detectron2 could not use, where that is known."""
+    evaluator_type = metadata.get("evaluator_type")
+    if evaluator_type in ("cityscapes_instance", "cityscapes_sem_seg"):
+        check_polygon_files(metadata.gt_dir)
+    elif metadata.get("panoptic_json") is not None:
+        load_panoptic_json(metadata.panoptic_json, pictures_named=False)
+    elif metadata.get("json_file") is not None:
+        load_instances_json(metadata.json_file)

@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 
 from ..errors import UserError
 
-__all__ = ["picture_size", "read_image", "read_label_map"]
+__all__ = ["DECODING_ERRORS", "picture_size", "read_image", "read_label_map"]
 
 # What Pillow's decoders raise on files that are missing, truncated, of another kind, or damaged.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 _ORIENTATION = 0x0112  # the EXIF tag; its values from 5 on swap width and height
 _LARGEST_16_BIT = 65535
@@ -41,14 +41,18 @@ def read_label_map(path: str | os.PathLike[str], dtype: npt.DTypeLike = int) -> 
     """Read a PNG with a label for each pixel, as they are in the file, as an (H, W) array of its own.
 
     A palette's indices are the labels, not its colours. Raises ``UserError`` naming the file if it can't be read, or
-    has colours.
+    has colours, fractions or labels below 0.
     """
     image = _open(path, "label map")
+    if image.mode == "F":
+        raise UserError(f"label map '{os.fspath(path)}' holds floating-point numbers, expected integers: save it anew")
     labels = np.array(image, dtype=dtype)
     if labels.ndim != 2:
         raise UserError(
             f"label map '{os.fspath(path)}' is a picture of mode {image.mode}: expected one channel with the labels"
         )
+    if image.mode == "I" and labels.min(initial=0) < 0:  # the one mode with a sign
+        raise UserError(f"label map '{os.fspath(path)}' has the label {labels.min():g}, expected none below 0")
     return labels
 
 
@@ -63,7 +67,7 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
             turned = image.getexif().get(_ORIENTATION, 1) >= 5
     except FileNotFoundError as error:
         raise UserError(f"picture '{os.fspath(path)}' does not exist: check the path") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except DECODING_ERRORS as error:
         raise UserError(f"cannot read picture '{os.fspath(path)}': {error}: replace or remove the file") from error
     return (width, height) if turned else (height, width)
 
@@ -75,7 +79,7 @@ def _open(path: str | os.PathLike[str], noun: str, upright: bool = True) -> Imag
             picture.load()
     except FileNotFoundError as error:
         raise UserError(f"{noun} '{os.fspath(path)}' does not exist: check the path") from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise UserError(f"cannot read {noun} '{os.fspath(path)}': {error}: replace or remove the file") from error
     return picture
 

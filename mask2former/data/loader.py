@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -50,8 +50,9 @@ def load_training_dicts(
         dicts = filter_images_with_only_crowd_annotations(dicts)
     if not dicts:
         raise UserError(
-            f"no picture of {', '.join(names)} has an object that is not a crowd region: check the annotations, or "
-            "set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False"
+            f"no picture of {', '.join(names)} has an object that is not a crowd region: check the annotations "
+            f"({', '.join(str(MetadataCatalog.get(name).get('json_file')) for name in names)}), or set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False"
         )
     return dicts
 

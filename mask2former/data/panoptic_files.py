@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .annotations import decode_segmentation, ids_from_rgb, rgb_from_ids
-from .datasets.panoptic import load_json
+from .datasets.coco_format import check_panoptic_annotations, load_instances_json, load_json
 from .images import read_image
 
 __all__ = [
@@ -126,7 +126,9 @@ def panoptic_to_semantic(
 
     ``labels``: category id → label in the PNGs, 0 to 254. Pixels of no segment get 255.
     """
-    annotations = load_json(panoptic_json)["annotations"]
+    content = load_json(panoptic_json)
+    annotations: Any = content.get("annotations") if isinstance(content, dict) else None
+    check_panoptic_annotations(annotations, panoptic_json)
 
     def convert(annotation: Mapping[str, Any]) -> None:
         source, target = panoptic_root / annotation["file_name"], sem_seg_root / annotation["file_name"]
@@ -202,20 +204,22 @@ def instances_to_panoptic(
     the semantic PNGs (see ``mask2former.data.datasets.panoptic_metadata``). Returns one line for each picture that
     failed; the JSON is written only if there are none.
     """
-    content = load_json(instances_json)
     labels = {category["id"]: index for index, category in enumerate(categories)}
+    content = load_instances_json(instances_json, categories=labels)
     annotations: dict[Any, list[Mapping[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
-        _check_annotation(annotation, annotations, labels, instances_json)
         annotations[annotation["image_id"]].append(annotation)
     file_names = _png_names(content["images"], instances_json)
     segments_info: dict[Any, list[dict[str, Any]]] = {}
 
     def convert(image: Mapping[str, Any]) -> None:
         name = f"picture '{image['file_name']}'"
-        ids, segments = panoptic_from_instances(
-            annotations[image["id"]], image["height"], image["width"], background=background, name=name
-        )
+        try:
+            ids, segments = panoptic_from_instances(
+                annotations[image["id"]], int(image["height"]), int(image["width"]), background=background, name=name
+            )
+        except UserError as error:
+            raise UserError(f"'{instances_json}': {error}") from error
         segments_info[image["id"]] = segments
         panoptic, semantic = panoptic_root / file_names[image["id"]], sem_seg_root / file_names[image["id"]]
         if not is_newer(panoptic, instances_json):
@@ -238,19 +242,6 @@ def instances_to_panoptic(
             },
         )
     return problems
-
-
-def _check_annotation(
-    annotation: Mapping[str, Any], images: Mapping[Any, Any], labels: Mapping[int, int], source: Path
-) -> None:
-    place = f"'{source}': annotation {annotation.get('id')}"
-    if annotation.get("image_id") not in images:
-        raise UserError(f"{place} has image_id {annotation.get('image_id')}, which is not among its 'images'")
-    if annotation.get("category_id") not in labels:
-        raise UserError(
-            f"{place} has category_id {annotation.get('category_id')}, which is not among the {len(labels)} classes of "
-            f"the data set ({', '.join(map(str, labels))})"
-        )
 
 
 def _png_names(images: Sequence[Mapping[str, Any]], source: Path) -> dict[Any, str]:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -20,8 +21,10 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.annotations import check_segmentation
+from ..data.datasets.coco_format import check_instances
 from ..errors import UserError
-from .truth import reading
+from .truth import read_json, reading
 
 __all__ = ["InstanceSegEvaluator", "complete_truth", "load_results"]
 
@@ -64,7 +67,10 @@ class InstanceSegEvaluator(COCOEvaluator):
         """
         json_file = MetadataCatalog.get(dataset_name).get("json_file", "(made from the data set)")
         self._name = dataset_name
-        with reading(f"annotations of data set '{dataset_name}'", json_file):
+        what = f"annotations of data set '{dataset_name}'"
+        if os.path.isfile(json_file):
+            _check_truth(read_json(what, json_file), json_file)
+        with reading(what, json_file):
             super().__init__(
                 dataset_name,
                 tasks=("bbox", "segm"),
@@ -172,6 +178,19 @@ class InstanceSegEvaluator(COCOEvaluator):
             place = places.get(contiguous_ids.get(category, -1))
             names.append(self._coco_api.cats[category]["name"] if place is None else classes[place])
         return names
+
+
+def _check_truth(content: Any, json_file: str) -> None:
+    """Raise ``UserError`` for ground truth, if there is any in the file, that pycocotools can't use."""
+    if not isinstance(content, dict) or "annotations" not in content:
+        return
+    check_instances(content, json_file, complete=False)
+    images = {image["id"]: image for image in content["images"]}
+    for annotation in content["annotations"]:
+        name = f"'{json_file}': annotation {annotation['id']}"
+        image = images[annotation["image_id"]]
+        if image.keys() >= {"height", "width"}:
+            check_segmentation(annotation.get("segmentation"), image["height"], image["width"], name)
 
 
 def complete_truth(coco: COCO) -> None:

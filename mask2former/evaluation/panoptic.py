@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
+from ..data.datasets.coco_format import check_categories, check_panoptic
 from ..errors import UserError
 from .panoptic_quality import VOID, Overlaps, SegmentCounts, TruthSegment, count_overlaps, count_segments
 from .quality import Quality
@@ -62,16 +63,18 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         """
         super().__init__(dataset_name, output_dir)
         self._name = dataset_name
-        truth = read_json(f"panoptic annotations of data set '{dataset_name}'", self._metadata.panoptic_json)
+        path = self._metadata.panoptic_json
+        truth = read_json(f"panoptic annotations of data set '{dataset_name}'", path)
+        check_panoptic(truth, path, pictures_named=False)
+        known = check_categories(truth.get("categories"), path, with_kind=True)
         self._images = truth["images"]
         self._categories = truth["categories"]
         self._things = np.array([bool(category["isthing"]) for category in self._categories])
-        known = {category["id"] for category in self._categories}
         self._truth = {a["image_id"]: Truth(a["file_name"], self._segments(a, known)) for a in truth["annotations"]}
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
 
-    def _segments(self, annotation: dict[str, Any], categories: set[int]) -> dict[int, TruthSegment]:
+    def _segments(self, annotation: dict[str, Any], categories: Collection[int]) -> dict[int, TruthSegment]:
         for segment in annotation["segments_info"]:
             if segment["category_id"] not in categories:
                 raise UserError(

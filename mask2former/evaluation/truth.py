@@ -9,6 +9,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
+from ..data.images import DECODING_ERRORS
 from ..errors import UserError
 
 __all__ = ["check_size", "compare_sizes", "read_json", "read_segment_ids", "reading"]
@@ -23,8 +24,12 @@ def reading(what: str, path: str) -> Iterator[None]:
         raise UserError(f"{what}: {path} is not a picture") from error
     except OSError as error:
         raise UserError(f"{what}: cannot read {path} ({error.strerror or error})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{what}: {path} is not valid JSON ({error})") from error
+    except DECODING_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: cannot read {path} ({error})") from error
 
 
 def read_json(what: str, path: str) -> Any:

@@ -1,6 +1,5 @@
 """Data sets in the COCO panoptic format: a JSON file, a folder of PNGs with segment ids, a folder of pictures."""
 
-import json
 import os
 from typing import Any
 
@@ -8,8 +7,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ...errors import UserError
 from .catalog import Category, register
+from .coco_format import load_panoptic_json
 
-__all__ = ["load_json", "load_panoptic", "panoptic_metadata", "register_panoptic", "register_panoptic_by_name"]
+__all__ = ["load_panoptic", "panoptic_metadata", "register_panoptic", "register_panoptic_by_name"]
 
 
 def panoptic_metadata(categories: list[Category], *, things_first: bool = True) -> dict[str, Any]:
@@ -116,17 +116,6 @@ def register_panoptic_by_name(
     )
 
 
-def load_json(path: str | os.PathLike[str], hint: str = "") -> Any:
-    """The contents of a JSON file. Raises ``UserError`` naming the file if it is missing or no JSON."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError as error:
-        raise UserError(f"'{os.fspath(path)}' does not exist{': ' if hint else ''}{hint}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read '{os.fspath(path)}': {error}") from error
-
-
 def load_panoptic(
     panoptic_json: str,
     image_root: str,
@@ -146,19 +135,10 @@ def load_panoptic(
 
     Raises ``UserError`` if the JSON file can't be used, or a segment has a class that ``metadata`` lacks.
     """
-    content = load_json(panoptic_json, hint)
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise UserError(
-            f"'{panoptic_json}' is not in COCO's panoptic format: expected 'images' and 'annotations' in it"
-        )
+    content = load_panoptic_json(panoptic_json, hint, pictures_named=picture_ext is None)
     images = {image["id"]: image for image in content["images"]}
     dataset_dicts = []
     for annotation in content["annotations"]:
-        if annotation["image_id"] not in images:
-            raise UserError(
-                f"'{panoptic_json}': the annotation '{annotation['file_name']}' has image_id "
-                f"{annotation['image_id']}, which is not among its 'images'"
-            )
         image = images[annotation["image_id"]]
         stem = os.path.splitext(annotation["file_name"])[0]
         picture = image["file_name"] if picture_ext is None else stem + picture_ext

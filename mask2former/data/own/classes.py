@@ -4,6 +4,7 @@ A class is a dict with ``id``, the value in the annotation files; ``name``; ``co
 A class's place in the list is its contiguous id.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from detectron2.utils.colormap import colormap
 
 from ...errors import UserError
 from ..datasets.catalog import Category
-from ..datasets.panoptic import load_json
+from ..datasets.coco_format import is_flag, is_whole, load_json
 
-__all__ = ["CLASS_FILES", "complete", "find_beside", "read_class_file"]
+__all__ = ["CLASS_FILES", "complete", "find_beside", "is_color", "read_class_file"]
+
+# As long as a label can be.
+_INTEGER = re.compile(r"-?[0-9]{1,9}")
 
 CLASS_FILES = ("classes.json", "classes.txt")
 
@@ -27,15 +31,20 @@ def complete(categories: Iterable[dict[str, Any]], *, things: bool, place: str) 
     palette = colormap(rgb=True, maximum=255).astype(int).tolist()
     classes: list[Category] = []
     for category in categories:
-        if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
-            raise UserError(f"{place} has the class {category!r}: expected an integer 'id' and a 'name'")
+        if not isinstance(category, dict) or not is_whole(category.get("id")) or type(category.get("name")) is not str:
+            raise UserError(f"{place} has the class {str(category)[:60]}: expected an integer 'id' and a 'name'")
         if any(category["id"] == other["id"] for other in classes):
             raise UserError(f"{place} has the class id {category['id']} twice: give every class an id of its own")
         color = category.get("color") or palette[len(classes) % len(palette)]
+        if not is_color(color) or not is_flag(category.get("isthing", things)):
+            raise UserError(
+                f"{place} has the class '{category['name']}' with color {str(color)[:60]} and isthing "
+                f"{category.get('isthing', things)!r}: expected [red, green, blue] from 0 to 255, and 0 or 1"
+            )
         classes.append(
             {
-                "id": category["id"],
-                "name": str(category["name"]),
+                "id": int(category["id"]),
+                "name": category["name"],
                 "color": [int(value) for value in color],
                 "isthing": int(category.get("isthing", things)),
             }
@@ -43,6 +52,11 @@ def complete(categories: Iterable[dict[str, Any]], *, things: bool, place: str) 
     if not classes:
         raise UserError(f"{place} has no classes: add them")
     return classes
+
+
+def is_color(value: Any) -> bool:
+    """Whether a value is a list of red, green and blue, from 0 to 255."""
+    return isinstance(value, list) and len(value) == 3 and all(is_whole(part) and 0 <= part <= 255 for part in value)
 
 
 def find_beside(folder: Path, names: Sequence[str]) -> Path | None:
@@ -63,7 +77,7 @@ def read_class_file(path: Path) -> list[dict[str, Any]]:
     if isinstance(content, dict) and "categories" in content:
         content = content["categories"]
     if isinstance(content, dict):
-        if not all(key.lstrip("-").isdigit() for key in content):
+        if not all(_INTEGER.fullmatch(key) for key in content):
             raise UserError(f'\'{path}\': expected the labels\' values as keys, as in {{"0": "road"}}')
         return [{"id": int(key), "name": name} for key, name in content.items()]
     if not isinstance(content, list):
@@ -75,8 +89,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is no text in UTF-8: {error}") from error
+        raise UserError(f"'{path}' is no text in UTF-8: {error}: save it as such") from error
     pairs = [line.split(maxsplit=1) for line in lines]
-    if pairs and all(len(pair) == 2 and pair[0].isdigit() for pair in pairs):
+    if pairs and all(len(pair) == 2 and _INTEGER.fullmatch(pair[0]) for pair in pairs):
         return [{"id": int(number), "name": name} for number, name in pairs]
     return [{"id": index, "name": line} for index, line in enumerate(lines)]

@@ -1,5 +1,6 @@
 """Recognising in which form the user's own data are, and which files belong to them."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ...errors import UserError
-from ..datasets.panoptic import load_json
+from ..datasets.coco_format import load_json
 from ..images import picture_size
 from .classes import CLASS_FILES, find_beside
 from .files import list_files
@@ -91,18 +92,21 @@ def _from_json(path: Path, folders: Sequence[Path], form: str) -> Source:
 
 
 def _json_form(content: Any) -> str:
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+    keys = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         return ""
-    return "panoptic" if any("segments_info" in annotation for annotation in content["annotations"]) else "coco"
+    panoptic = any(isinstance(record, dict) and "segments_info" in record for record in content["annotations"])
+    return "panoptic" if panoptic else "coco"
 
 
 def _find_folder(path: Path, records: Sequence[dict[str, Any]], noun: str, names: Sequence[str]) -> Path:
     """The folder near the JSON file with the files of ``records``: one of ``names``, or else the only one there."""
-    first = str(records[0].get("file_name", "")) if records else ""
+    # Who reads the file says what is wrong with a record.
+    first = str(records[0].get("file_name", "")) if records and isinstance(records[0], dict) else ""
     bases = (path.parent, path.parent.parent)
     named = [base / name for base in bases for name in names]
     others = sorted(entry for base in bases for entry in base.iterdir() if entry.is_dir())
-    having = [place for place in (*named, *others) if first and (place / first).is_file()]
+    having = [place for place in (*named, *others) if first and os.path.isfile(place / first)]
     if having and (having[0] in named or len(set(having)) == 1):
         return having[0]
     raise UserError(f"'{path}': no folder near it has its {noun}, such as '{first}': give their folder too")

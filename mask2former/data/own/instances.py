@@ -1,6 +1,5 @@
 """COCO's instance format: a JSON file with polygons, run lengths or both, and pictures."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from ...errors import UserError
-from ..annotations import decode_segmentation
+from ..annotations import check_segmentation, decode_segmentation
 from ..datasets.catalog import Category
-from ..datasets.panoptic import load_json
+from ..datasets.coco_format import load_instances_json, load_json
 from ..images import picture_size
 from .classes import complete
 from .files import for_each
@@ -27,16 +26,16 @@ def read_instances_json(source: Source, known: Sequence[Category] | None) -> tup
     Raises ``UserError`` naming the file and the value that is wrong.
     """
     path = source.annotations
-    content = load_json(path)
+    content = load_instances_json(path)
     classes = match_classes(content["categories"], known, path, things=True)
     images = index_pictures(content["images"], path)
     check_pictures(source.pictures, list(images.values()), path)
     index = {category["id"]: number for number, category in enumerate(classes)}
-    counts = Counter(annotation.get("id") for annotation in content["annotations"])
     objects: dict[Any, list[tuple[int, int]]] = {key: [] for key in images}
     for annotation in content["annotations"]:
-        place = f"'{path}': annotation {annotation.get('id')} (of picture {annotation.get('image_id')})"
-        _check_annotation(annotation, place, images, index, counts)
+        place = f"'{path}': annotation {annotation['id']} (of picture {annotation['image_id']})"
+        if annotation["category_id"] not in index:
+            raise UserError(f"{place} has category_id {annotation['category_id']}, which the training data have not")
         area = _area(annotation, images[annotation["image_id"]], place)
         if not annotation.get("iscrowd", 0):
             objects[annotation["image_id"]].append((index[annotation["category_id"]], area))
@@ -108,39 +107,10 @@ def load_instances(json_file: str, pictures: str, classes: Sequence[Category]) -
 
 
 def index_pictures(images: Sequence[Mapping[str, Any]], path: Path) -> dict[Any, Mapping[str, Any]]:
-    """A JSON file's ``images`` by their ids. Raises ``UserError`` if an id is used twice or a value is missing."""
-    by_id: dict[Any, Mapping[str, Any]] = {}
-    for image in images:
-        missing = [key for key in ("id", "file_name", "height", "width") if key not in image]
-        if missing:
-            raise UserError(f"'{path}': picture {image.get('file_name', image.get('id'))} lacks {', '.join(missing)}")
-        if image["id"] in by_id:
-            raise UserError(
-                f"'{path}': picture id {image['id']} is used by '{by_id[image['id']]['file_name']}' and "
-                f"'{image['file_name']}': give every picture an id of its own"
-            )
-        by_id[image["id"]] = image
-    if not by_id:
+    """A JSON file's ``images`` by their ids, with sizes as integers. Raises ``UserError`` if there are none."""
+    if not images:
         raise UserError(f"'{path}' has no pictures: check its 'images'")
-    return by_id
-
-
-def _check_annotation(
-    annotation: Mapping[str, Any],
-    place: str,
-    images: Mapping[Any, Any],
-    index: Mapping[int, int],
-    counts: Mapping[Any, int],
-) -> None:
-    if annotation.get("id") is None or counts[annotation["id"]] > 1:
-        raise UserError(f"{place}: its id is missing or used more than once: give every annotation an id of its own")
-    if annotation.get("image_id") not in images:
-        raise UserError(f"{place} is of a picture that is not among its {len(images)} 'images': correct its image_id")
-    if annotation.get("category_id") not in index:
-        raise UserError(
-            f"{place} has category_id {annotation.get('category_id')}, which is not among the {len(index)} classes "
-            f"({', '.join(map(str, list(index)[:20]))}): correct the annotation or add the category"
-        )
+    return {image["id"]: {**image, "height": int(image["height"]), "width": int(image["width"])} for image in images}
 
 
 def _area(annotation: Mapping[str, Any], image: Mapping[str, Any], place: str) -> int:
@@ -154,6 +124,7 @@ def _area(annotation: Mapping[str, Any], image: Mapping[str, Any], place: str) -
             f"{place} has the segmentation {str(segmentation)[:60]}: expected polygons, each at least three points as "
             "x, y, x, y, ..., or a run-length encoding"
         )
+    check_segmentation(segmentation, height, width, place)
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
     x, y = points[:, 0], points[:, 1]
     if x.max() <= 0 or y.max() <= 0 or x.min() >= width or y.min() >= height:
@@ -166,12 +137,7 @@ def _area(annotation: Mapping[str, Any], image: Mapping[str, Any], place: str) -
 
 
 def _is_polygon(polygon: Any) -> bool:
-    return (
-        isinstance(polygon, list)
-        and len(polygon) >= 6
-        and len(polygon) % 2 == 0
-        and all(isinstance(value, int | float) for value in polygon)
-    )
+    return isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:

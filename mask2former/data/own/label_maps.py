@@ -10,7 +10,7 @@ from ...errors import UserError
 from ..datasets.catalog import Category
 from ..images import picture_size
 from ..panoptic_files import save_png
-from .classes import CLASS_FILES, complete, find_beside, read_class_file
+from .classes import CLASS_FILES, complete, find_beside, is_color, read_class_file
 from .files import for_each, is_colored, list_files, read_values
 from .forms import LABEL_SUFFIXES, Source
 from .summary import Tally
@@ -114,11 +114,11 @@ def _find_classes(folder: Path, counts: Sequence[Counts], colored: bool) -> list
 
 
 def _packed(category: dict[str, Any], path: Path) -> int:
-    color = category.get("color")
-    if not isinstance(color, list) or len(color) != 3:
+    color: Any = category.get("color")
+    if not is_color(color):
         raise UserError(
-            f"'{path}': class '{category.get('name')}' has no 'color' [red, green, blue], by which label maps in "
-            "colour tell classes: add it"
+            f"'{path}': class '{category.get('name')}' has no 'color' [red, green, blue] from 0 to 255, by which label "
+            "maps in colour tell classes: add it"
         )
     return color[0] + (color[1] << 8) + (color[2] << 16)
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from ...errors import UserError
 from ..datasets.catalog import Category
-from ..datasets.panoptic import load_json
+from ..datasets.coco_format import load_json
 from ..images import picture_size
 from ..panoptic_files import save_json
-from .classes import CLASS_FILES, find_beside, read_class_file
+from .classes import CLASS_FILES, complete, find_beside, read_class_file
 from .files import for_each, list_files, read_values
 from .forms import LABEL_SUFFIXES, OBJECT_FILES, Source
 from .instances import encode
@@ -76,17 +76,24 @@ def read_object_file(path: Path) -> dict[tuple[str, str], str]:
         content = load_json(path)
         if not isinstance(content, dict) or not all(isinstance(objects, dict) for objects in content.values()):
             raise UserError(f"'{path}': expected {{picture: {{object: class}}}}")
-        return {
-            (picture, str(name)): str(class_name)
-            for picture, objects in content.items()
-            for name, class_name in objects.items()
-        }
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {"picture", "object", "class"}
-    if not rows or not columns <= rows[0].keys():
-        raise UserError(f"'{path}': expected a first line 'picture,object,class' and a row for each object")
-    return {(row["picture"], row["object"]): row["class"] for row in rows}
+        classes = {(picture, name): value for picture, objects in content.items() for name, value in objects.items()}
+    else:
+        rows = _read_rows(path)
+        if not rows or not {"picture", "object", "class"} <= rows[0].keys():
+            raise UserError(f"'{path}': expected a first line 'picture,object,class' and a row for each object")
+        classes = {(row["picture"], row["object"]): row["class"] for row in rows}
+    for (picture, name), value in classes.items():
+        if not isinstance(value, str):
+            raise UserError(f"'{path}': object {name} of '{picture}' has the class {str(value)[:60]}, expected a name")
+    return classes
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"'{path}' is no table in UTF-8 with commas: {error}: save it as such") from error
 
 
 def _class_of(object_classes: ObjectClasses, path: Path | None, pictures: tuple[str, str], name: str) -> str:
@@ -103,7 +110,8 @@ def _class_ids(source: Source, object_classes: ObjectClasses, known: Sequence[Ca
     if known is not None:
         names = {category["name"]: category["id"] for category in known}
     elif class_file is not None:
-        names = {str(category["name"]): int(category["id"]) for category in read_class_file(class_file)}
+        classes = complete(read_class_file(class_file), things=True, place=f"'{class_file}'")
+        names = {category["name"]: category["id"] for category in classes}
     else:
         found = sorted(set(object_classes.values())) or [ONE_CLASS]
         names = {name: number for number, name in enumerate(found, start=1)}

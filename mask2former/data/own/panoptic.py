@@ -9,7 +9,7 @@ import numpy as np
 from ...errors import UserError
 from ..annotations import ids_from_rgb
 from ..datasets.catalog import Category
-from ..datasets.panoptic import load_json
+from ..datasets.coco_format import check_categories, load_panoptic_json
 from ..images import read_image
 from ..panoptic_files import panoptic_to_semantic, save_json
 from .files import for_each
@@ -34,18 +34,14 @@ def read_panoptic_json(
     """
     path, folder = source.annotations, source.segments
     assert folder is not None
-    content = load_json(path)
-    for category in content["categories"]:
-        if "isthing" not in category:
-            raise UserError(
-                f"'{path}': class {category.get('name')} lacks 'isthing', 1 for things and 0 for stuff: add it"
-            )
+    content = load_panoptic_json(path)
+    check_categories(content.get("categories"), path, with_kind=True)
     classes = match_classes(content["categories"], known, path, things=True)
     index = {category["id"]: number for number, category in enumerate(classes)}
     things = {category["id"] for category in classes if category["isthing"]}
     images = index_pictures(content["images"], path)
     for annotation in content["annotations"]:
-        _check_annotation(annotation, images, index, path)
+        _check_annotation(annotation, index, path)
     check_pictures(source.pictures, list(images.values()), path)
 
     encoded = things if output is not None else set()
@@ -66,21 +62,15 @@ def read_panoptic_json(
     return row, _tally(content["annotations"], segments, images)
 
 
-def _check_annotation(
-    annotation: Mapping[str, Any], images: Mapping[Any, Any], index: Mapping[int, int], path: Path
-) -> None:
-    place = f"'{path}': the annotation '{annotation.get('file_name')}'"
-    if not {"file_name", "segments_info"} <= annotation.keys():
-        raise UserError(f"{place} of picture {annotation.get('image_id')} lacks its 'file_name' or 'segments_info'")
-    if annotation.get("image_id") not in images:
-        raise UserError(f"{place} has image_id {annotation.get('image_id')}, which is not among its 'images'")
+def _check_annotation(annotation: Mapping[str, Any], index: Mapping[int, int], path: Path) -> None:
+    place = f"'{path}': the annotation '{annotation['file_name']}'"
     seen = set()
     known = ", ".join(map(str, list(index)[:20]))
     for segment in annotation["segments_info"]:
-        if segment.get("id") is None or segment.get("category_id") not in index:
+        if segment["category_id"] not in index:
             raise UserError(
-                f"{place}: segment {segment.get('id')} has category_id {segment.get('category_id')}, which is not "
-                f"among the {len(index)} classes ({known}): correct it or add the category"
+                f"{place}: segment {segment['id']} has category_id {segment['category_id']}, which is not among the "
+                f"{len(index)} classes ({known}): correct it or add the category"
             )
         if segment["id"] in seen:
             raise UserError(f"{place} has segment {segment['id']} twice: segments must not overlap or share an id")
