@@ -19,6 +19,8 @@ from ..errors import UserError
 from ..modeling.old_names import rename_old_weights
 from .files import UNFINISHED, BrokenCheckpoint, checkpoint_file, read_checkpoint, replace_file
 from .names import find_format
+from .pickles import module_versions
+from .run_state import WrongState, check_module, check_optimizer, check_state
 
 __all__ = ["Checkpointer", "load_weights", "read_model"]
 
@@ -28,7 +30,12 @@ COMPUTED = "relative_position_index"
 # Files of a run in its output folder: what names its last checkpoint, the checkpoints, and the one at the end.
 LAST = "last_checkpoint"
 FINAL = "model_final.pth"
+LONGEST_NAME = 255
 RUN_FILE = r"model_(\d+|final)\.pth"
+OTHER_START = (
+    "Remove the file to go on from the checkpoint before it, or start anew from its weights, without --resume and with "
+    "MODEL.WEIGHTS set to it"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +96,13 @@ class Checkpointer(DetectionCheckpointer):
 
     def get_checkpoint_file(self) -> str:
         """The last checkpoint, or "" where nothing says which it is."""
+        path = os.path.join(self.save_dir, LAST)
         try:
-            name = Path(self.save_dir, LAST).read_text(encoding="utf-8", errors="replace").strip()
-        except FileNotFoundError:
+            name = Path(path).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+        if name and not (name.isprintable() and len(name) <= LONGEST_NAME and "?" not in name):
+            self.logger.warning("%s holds no name of a file: the newest checkpoint is taken for the last", path)
             return ""
         return os.path.join(self.save_dir, name) if name else ""
 
@@ -144,13 +155,19 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             UserError: if it can't be fetched or read, or fits this model nowhere; or if its run is to go on and
-                another program began it.
+                another program began it, or its state is none that this run's parts could have saved.
         """
         if path:
             path = _find(path)
-        self._with_trainer = "trainer" in (self.checkpointables if checkpointables is None else checkpointables)
+        self._loaded_parts = list(self.checkpointables) if checkpointables is None else checkpointables
         try:
             return super().load(path, checkpointables)
+        except WrongState as error:
+            raise UserError(f"checkpoint {path}: {error}. {OTHER_START}") from error
+        except UserError as error:
+            if path in str(error):
+                raise
+            raise type(error)(f"checkpoint {path}: {error}") from error
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set when loading fails
 
@@ -159,21 +176,34 @@ class Checkpointer(DetectionCheckpointer):
         del content["left_out"]  # what stays here is handed on as the run's state
         if self._parsed_url_during_load is not None and self._parsed_url_during_load.query:
             content["matching_heuristics"] = True
-        if self._with_trainer and "_trainer" in content.get("trainer", ()):  # as Detectron2's DefaultTrainer nests it
+        for name in self._loaded_parts:
+            part = self.checkpointables[name]
+            if name in content and name == "trainer":
+                self._check_trainer(content[name], filename)
+            elif name in content and isinstance(part, nn.Module):
+                check_module(content[name], part.state_dict(), name)
+        return content
+
+    def _check_trainer(self, state: Any, filename: str) -> None:
+        """What Detectron2's trainer reads; its hooks look at theirs themselves."""
+        check_state(state, {}, "trainer")
+        if "_trainer" in state:  # as Detectron2's DefaultTrainer nests it
             raise UserError(
                 f"checkpoint {filename} is of a run that another program began, whose optimizer's state doesn't fit: "
                 "start a run of its own from its weights, without --resume and with MODEL.WEIGHTS set to this file"
             )
-        if self._with_trainer and "trainer" in content:
-            self._complete(content["trainer"])
-        return content
-
-    def _complete(self, state: dict[str, Any]) -> None:
-        """Let a run that began without gradient scaling, or with it switched off, go on with it."""
-        scaler = getattr(self.checkpointables["trainer"], "grad_scaler", None)
-        if scaler is not None and not state.get("grad_scaler"):
+        hooks = state.get("hooks", {})
+        check_state({"hooks": hooks, **state}, {"iteration": 0, "optimizer": {}, "hooks": {}}, "trainer")
+        check_state(hooks, dict.fromkeys(hooks, {}), "trainer.hooks")
+        trainer = self.checkpointables["trainer"]
+        check_optimizer(state["optimizer"], trainer.optimizer, "trainer.optimizer")
+        scaler = getattr(trainer, "grad_scaler", None)
+        if scaler is None:
+            return
+        if not state.get("grad_scaler"):  # of a run without gradient scaling, or with it switched off
             logger.info("the checkpoint has no state of the gradient scaler, which starts anew")
             state["grad_scaler"] = scaler.state_dict()
+        check_state(state["grad_scaler"], scaler.state_dict(), "trainer.grad_scaler")
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         count = len(checkpoint["model"])
@@ -265,6 +295,19 @@ def _check_weights(path: str, weights: Any) -> None:
                 f"checkpoint {path} must hold tensors by name, alone or as 'model', but {name!r} is a "
                 f"{type(value).__name__}: save what holds the tensors"
             )
+        if isinstance(value, torch.Tensor) and not _is_plain(value):
+            raise UserError(
+                f"checkpoint {path} must hold tensors of numbers that are stored one by one, but {name!r} is "
+                f"{value.dtype} on the device {value.device}, {value.layout}: convert it before it is saved"
+            )
+    if hasattr(weights, "_metadata"):
+        weights._metadata = module_versions(weights._metadata)
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor is neither complex, quantized, sparse or nested, nor without values."""
+    strange = value.is_complex() or value.is_quantized or value.is_nested or value.is_meta
+    return value.layout == torch.strided and not strange
 
 
 def load_weights(model: nn.Module, path: str) -> None:

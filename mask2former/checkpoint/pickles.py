@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
-__all__ = ["Unfinished", "as_key", "read_pickle"]
+__all__ = ["Unfinished", "as_key", "module_versions", "read_pickle"]
 
 Parts = Mapping[str, Callable[..., Any]]
 
@@ -169,11 +169,16 @@ def as_key(key: Any) -> str | int:
 
 
 def _keep_versions(weights: Any, state: Any) -> None:
-    """The one attribute that a state dict has: the versions of its modules, by which older names are renamed."""
-    metadata = state.get("_metadata") if isinstance(state, dict) else None
-    if isinstance(metadata, dict):
-        weights._metadata = OrderedDict(
-            (name, {"version": module["version"]})
-            for name, module in metadata.items()
-            if isinstance(module, dict) and isinstance(module.get("version"), int)
-        )
+    """The one attribute that a state dict has: see ``module_versions``."""
+    if isinstance(state, dict) and "_metadata" in state:
+        weights._metadata = module_versions(state["_metadata"])
+
+
+def module_versions(metadata: Any) -> OrderedDict[str, dict[str, int]]:
+    """What a state dict says of its modules: their versions, by which older names are renamed. All else is left out."""
+    items = metadata.items() if isinstance(metadata, dict) else ()
+    return OrderedDict(
+        (name, {"version": module["version"]})
+        for name, module in items
+        if isinstance(module, dict) and isinstance(module.get("version"), int)
+    )

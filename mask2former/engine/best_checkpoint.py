@@ -1,6 +1,5 @@
 """The weights that were best in an evaluation, kept in a file of their own; a run ends when none get better."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, WrongState, check_state
+from ..data.datasets.coco_format import load_json
 from ..data.panoptic_files import save_json
 from ..errors import UserError
 
@@ -48,9 +48,17 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def before_train(self) -> None:
         if self.trainer.start_iter > 0 and self._record.is_file():
-            record = json.loads(self._record.read_text(encoding="utf-8"))
+            record = self._read_record()
             if record["metric"] == self._metric:
                 self.best_metric, self.best_iter = record["value"], record["iteration"]
+
+    def _read_record(self) -> dict[str, Any]:
+        record = load_json(self._record)
+        try:
+            check_state(record, {"metric": "", "value": 0.0, "iteration": 0}, "record")
+        except WrongState as error:
+            raise UserError(f"'{self._record}': {error}: remove it, then the next evaluation is the best") from error
+        return record
 
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:  # not where the last step failed

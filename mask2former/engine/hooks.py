@@ -16,7 +16,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, check_state
 from ..errors import PREEMPTED
 
 __all__ = ["ConsoleWriter", "LRScheduler", "LossHistory", "PeriodicCheckpointer", "SaveOnInterrupt"]
@@ -31,7 +31,10 @@ class LRScheduler(hooks.LRScheduler):
     PROGRESS = ("last_epoch", "_step_count", "_last_lr")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({key: value for key, value in state_dict.items() if key in self.PROGRESS})
+        own = self.state_dict()
+        progress = {key: own[key] for key in self.PROGRESS if key in own}
+        check_state(state_dict, progress, "trainer.hooks.LRScheduler")
+        super().load_state_dict({key: state_dict[key] for key in progress})
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
@@ -90,6 +93,9 @@ class LossHistory(HookBase):
         return {name: history.values()[-self.STEPS :] for name, history in histories.items() if "loss" in name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, values in state_dict.items():
+            like = [[None, 0]] * (len(values) if isinstance(values, list) else self.STEPS)  # a loss and its step
+            check_state(values, like, f"trainer.hooks.LossHistory.{name}")
         self._losses = state_dict
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ..checkpoint import WrongState, check_state
 from ..seeds import STEP, seed_generators
 
 __all__ = ["Repeatable"]
@@ -45,7 +46,16 @@ class Repeatable(HookBase):
         return {"seed": self._seed, **({"loader": self._loader.state_dict()} if self._loader else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, {"seed": 0}, "trainer.hooks.Repeatable")
         self._seed = state_dict["seed"]
         if self._loader and "loader" in state_dict:
+            self._check_position(state_dict["loader"], self._loader.state_dict())
             self._loader.load_state_dict(state_dict["loader"])
             self._resumed = True
+
+    def _check_position(self, position: Any, own: dict[str, Any]) -> None:
+        name = "trainer.hooks.Repeatable.loader"
+        check_state(position, own, name)
+        batches, steps = position.get("batches", 0), self.trainer.iter + 1
+        if batches > steps:  # to skip very many would take forever
+            raise WrongState(f"{name}.batches is {batches}, expected at most the {steps} steps of the run")
