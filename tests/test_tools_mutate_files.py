@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and read
 def runner(repository: Path) -> ModuleType:
     sys.path.insert(0, str(repository / "tools"))
     try:
-        import mutate_runner
+        from mutation import runner
     finally:
         sys.path.pop(0)
-    return mutate_runner
+    return runner
 
 
 def test_damaged_files_end_in_one_clear_error_or_rightly(repository: Path, tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
-from mutate_annotations import annotation_subjects, damage_annotation
-from mutate_changes import Change
-from mutate_checkpoints import RECIPE, checkpoint_subjects, damage_checkpoint
-from mutate_runner import Outcome, Subject, Verdict, in_process, judge
+from mutation.annotations import annotation_subjects, damage_annotation
+from mutation.changes import Change
+from mutation.checkpoints import RECIPE, checkpoint_subjects, damage_checkpoint
+from mutation.runner import Outcome, Subject, Verdict, in_process, judge
 
 from mask2former.engine import load_config
 from mask2former.errors import command

@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
-from mutate_changes import Change, change_bytes, change_value
-from mutate_runner import MARKER, Subject, Verdict, digest, in_process
 from safetensors.torch import load, save
 from torch import nn
 
@@ -27,10 +25,13 @@ from mask2former.checkpoint import write_hugging_face
 from mask2former.engine import Recipe, evaluate_weights, load_recipe, train
 from mask2former.engine.recipe import TestSet
 
+from .changes import Change, change_bytes, change_value
+from .runner import MARKER, Subject, Verdict, digest, in_process
+
 __all__ = ["RECIPE", "damage_checkpoint", "checkpoint_subjects"]
 
 RECIPE = f"""\
-_BASE_: {Path(__file__).resolve().parent.parent / "configs" / "quick" / "nuclei.yaml"}
+_BASE_: {Path(__file__).resolve().parents[2] / "configs" / "quick" / "nuclei.yaml"}
 MODEL:
   WEIGHTS: ""
   BACKBONE: {{NAME: build_resnet_backbone, FREEZE_AT: 0}}

@@ -21,8 +21,6 @@ from detectron2.data.datasets.cityscapes_panoptic import load_cityscapes_panopti
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from mutate_changes import Change, change_array, change_bytes, change_value
-from mutate_runner import Subject, digest
 from PIL import Image
 from torch import nn
 
@@ -38,6 +36,9 @@ from mask2former.data.preparation import Options
 from mask2former.engine import load_config
 from mask2former.errors import UserError
 from mask2former.evaluation import build_evaluator
+
+from .changes import Change, change_array, change_bytes, change_value
+from .runner import Subject, digest
 
 __all__ = ["annotation_subjects", "damage_annotation"]
 
