@@ -254,6 +254,15 @@ def unfinished_checkpoints(output: Path) -> list[Path]:
     return [*output.glob("model_*.pth.part"), *output.glob("last_checkpoint.part")]
 
 
+def bytes_written(output: Path) -> int:
+    """Of what is being written."""
+    written = 0
+    for path in unfinished_checkpoints(output):
+        with suppress(FileNotFoundError):  # it has its name now
+            written += path.stat().st_size
+    return written
+
+
 def newest_checkpoint(output: Path) -> int | None:
     """The step of the last whole checkpoint."""
     steps = [int(path.stem.removeprefix("model_")) for path in output.glob("model_*.pth") if path.stem[-1].isdigit()]
@@ -393,8 +402,9 @@ class Run:
         return kill
 
     def _moment(self, draw: random.Random, log: Log) -> Callable[[], bool]:
-        """What to wait for."""
-        return draw.choice((lambda: bool(unfinished_checkpoints(self.output)), log.is_evaluating, lambda: True))
+        """What to wait for: most of the time that a checkpoint takes its file is empty still."""
+        begun, half = lambda: bool(unfinished_checkpoints(self.output)), lambda: bytes_written(self.output) > 0
+        return draw.choice((begun, half, log.is_evaluating, lambda: True))
 
     def _describe(self, log: Log) -> str:
         """Where the stopped run is."""
