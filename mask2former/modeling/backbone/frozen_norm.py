@@ -1,7 +1,7 @@
 """Convolutions that do the work of the frozen batch norm behind them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,15 +45,19 @@ class _ConvWithFrozenNorm(Conv2d):
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        with self._scaled(scale[:, None, None, None]) as weight:
-            x = F.conv2d(x, weight, norm.bias - mean * scale, self.stride, self.padding, self.dilation, self.groups)
+        bias = norm.bias - mean * scale
+        if self.keeps_scaled_weights or torch.compiler.is_compiling():
+            x = self._convolve(x, self._scaled_by(scale), bias)
+        else:
+            with _made_again_for_backward(lambda: self._scaled_by(scale)) as weight:
+                x = self._convolve(x, weight, bias)
         return x if self.activation is None else self.activation(x)
 
-    def _scaled(self, scale: Tensor) -> AbstractContextManager[Tensor]:
-        """The weights that convolve in the block."""
-        if self.keeps_scaled_weights:
-            return nullcontext(self.weight * scale)
-        return _made_again_for_backward(lambda: self.weight * scale)
+    def _scaled_by(self, scale: Tensor) -> Tensor:
+        return self.weight * scale[:, None, None, None]
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def _made_again_for_backward(make: Callable[[], Tensor]) -> Iterator[Tensor]:
     All scaled weights would take as much memory as the backbone's own.
     """
     made = make()
-    if not (torch.is_grad_enabled() and made.requires_grad) or torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() and made.requires_grad):
         yield made
         return
     address, layout = made.data_ptr(), (made.shape, made.stride())

@@ -75,16 +75,17 @@ class BasePixelDecoder(LayerCheckpointing):
             maps of the pyramid (B, conv_dim, H_l, W_l), coarse to fine.
         """
         maps: list[Tensor] = []
-        for index, name in reversed(list(enumerate(self.in_features, start=1))):
-            maps.append(self.run_layer(self._step, index, features[name], maps[-1] if maps else None))
+        for index in range(len(self.in_features), 0, -1):
+            feature = features[self.in_features[index - 1]]
+            maps.append(self.run_layer(self._step, index, feature, maps[-1] if maps else None))
         return self.mask_features(maps[-1]), None, maps[:NUM_DECODER_LEVELS]
 
     def _step(self, index: int, x: Tensor, coarse: Tensor | None) -> Tensor:
         """The next map of the pyramid: a backbone feature with the map before, if there is one."""
         if coarse is not None:
-            x = self.get_submodule(f"adapter_{index}")(x)
+            x = getattr(self, f"adapter_{index}")(x)
             x = x + F.interpolate(coarse, size=x.shape[-2:], mode="nearest")
-        return self.get_submodule(f"layer_{index}")(x)
+        return getattr(self, f"layer_{index}")(x)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()

@@ -245,16 +245,16 @@ class MSDeformAttnPixelDecoder(LayerCheckpointing):
             if not bfloat16:
                 features = {name: x.float() for name, x in features.items()}
             maps = self._encode(features)
-            for index, name in reversed(list(enumerate(self.fpn_features, start=1))):
-                maps.append(self.run_layer(self._step, index, features[name], maps[-1]))
+            for index in range(len(self.fpn_features), 0, -1):
+                maps.append(self.run_layer(self._step, index, features[self.fpn_features[index - 1]], maps[-1]))
             return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
 
     def _step(self, index: int, feature: Tensor, coarse: Tensor) -> Tensor:
         """The next map of the pyramid: a backbone feature with the map before."""
-        lateral = self.get_submodule(f"adapter_{index}")(feature)
+        lateral = getattr(self, f"adapter_{index}")(feature)
         coarse = coarse.to(lateral.dtype, memory_format=torch.channels_last)  # as it lies in memory, but for gaps
         upsampled = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return self.get_submodule(f"layer_{index}")(upsampled.add_(lateral))
+        return getattr(self, f"layer_{index}")(upsampled.add_(lateral))
 
     def _encode(self, features: dict[str, Tensor]) -> list[Tensor]:
         maps = [
