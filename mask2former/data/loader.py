@@ -19,6 +19,7 @@ from .copy_paste import CopyPaste
 from .mapper import build_mapper
 from .sampling import RepeatRareClasses
 from .stream import BatchStream, Mapper
+from .workers import leaves_with_parent
 
 __all__ = ["build_test_loader", "build_train_loader", "load_training_dicts"]
 
@@ -185,6 +186,8 @@ def build_test_loader(
 
     Raises ``UserError`` for what ``check_dataset`` does.
     """
-    return build_detection_test_loader(
+    loader = build_detection_test_loader(
         check_dataset(dataset, num_classes), mapper=mapper, batch_size=batch_size, num_workers=num_workers
     )
+    loader.worker_init_fn = leaves_with_parent()
+    return loader

@@ -1,8 +1,5 @@
 """Endless training batches that depend on nothing but the seed, the rank and their number."""
 
-import os
-import signal
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import count, islice
@@ -19,6 +16,7 @@ from ..errors import UserError
 from ..seeds import SAMPLE, SAMPLER, seeded
 from .checks import DatasetDicts
 from .images import picture_size
+from .workers import leaves_with_parent, outlasts_sigterm
 
 __all__ = ["BatchStream", "Mapper"]
 
@@ -76,7 +74,7 @@ class BatchStream:
             batch_sampler=self._numbered_batches(),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_heed_sigterm_of_parent_alone,
+            worker_init_fn=leaves_with_parent(outlasts_sigterm),
             generator=torch.Generator(),  # its own, so that starting an iteration leaves the caller's as it is
         )
         for batch in loader:
@@ -151,16 +149,3 @@ class _Samples(Dataset[dict[str, Any]]):
                     return made
                 index = int(torch.randint(len(self._dicts), ()))
         raise UserError(f"the mapper made None of {TRIES} pictures in a row: expected a sample of most pictures")
-
-
-def _heed_sigterm_of_parent_alone(worker_id: int) -> None:
-    """In a worker: a SIGTERM for all of a job's processes doesn't end it while the last step still needs it."""
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
