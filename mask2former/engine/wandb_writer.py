@@ -10,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 from omegaconf import DictConfig, OmegaConf
 
+from ..data.datasets.coco_format import load_json
+from ..data.panoptic_files import save_json
 from ..errors import UserError
 
 __all__ = ["WandbWriter", "check_wandb"]
@@ -51,7 +53,7 @@ class WandbWriter(EventWriter):
         self._window = window
         self._last_write = -1
         file = Path(output_dir, RUN_FILE)
-        known = json.loads(file.read_text(encoding="utf-8"))["id"] if resumed and file.is_file() else None
+        known = load_json(file)["id"] if resumed and file.is_file() else None
         try:
             self._run = wandb.init(
                 project=project,
@@ -66,7 +68,7 @@ class WandbWriter(EventWriter):
             raise UserError(
                 f"Weights & Biases: {problem}: call 'wandb login', or set WANDB_MODE=offline in the environment"
             ) from error
-        file.write_text(json.dumps({"id": self._run.id}), encoding="utf-8")
+        save_json(file, {"id": self._run.id})
         self._run.define_metric("*", step_metric=STEP)
 
     def write(self) -> None:
