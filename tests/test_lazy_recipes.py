@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def loading(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ("load_training_dicts", [picture]),
         ("check_dataset", [picture]),
         ("BatchStream", None),
-        ("build_detection_test_loader", None),
+        ("build_detection_test_loader", types.SimpleNamespace()),
     ):
         monkeypatch.setattr(loader_module, function, recorded(function, calls, result))
     recipe.build_train_loader()
