@@ -17,7 +17,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from scipy import ndimage
 
-from .modeling.inference import best_classes
+from .ops import best_classes
 from .structures import CroppedMasks
 
 __all__ = ["Classes", "Region", "confident", "instance_regions", "label_regions", "semantic_labels", "to_json"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mask2former.modeling import InferenceSettings, Predictions, mask_strips
 from mask2former.modeling.inference import InstanceCandidates, instance_candidates, postprocess
+from mask2former.ops import extension
 
 # (height, width) of the padded picture, of the picture, of the results.
 SIZES = [
@@ -23,6 +24,15 @@ SIZES = [
     ((64, 96), (64, 90), (64, 200)),
     ((32, 32), (1, 1), (7, 5)),
 ]
+
+
+@pytest.fixture(params=[True, False])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With compiled kernels, where there are any, and in plain PyTorch."""
+    if not request.param:
+        monkeypatch.setattr(extension, "KERNELS", frozenset())
+    elif "cpu" not in extension.KERNELS:
+        pytest.skip(f"no CPU kernels: {extension.reason('cpu')}")
 
 
 @pytest.fixture(params=[1, 500, 1 << 20])
@@ -44,7 +54,7 @@ def test_strips_are_parts_of_the_resized_masks(sizes: tuple, strip_values: int) 
     logits = torch.randn(5, sizes[0][0] // 4, sizes[0][1] // 4, generator=torch.Generator().manual_seed(0))
     strips = list(mask_strips.mask_strips(logits, *sizes))
     assert [row for rows, _ in strips for row in range(rows.start, rows.stop)] == list(range(sizes[2][0]))
-    joined = torch.cat([strip for _, strip in strips], dim=1)
+    joined = torch.cat([strip.logits for _, strip in strips], dim=1)
     torch.testing.assert_close(joined, resized(logits, *sizes), atol=1e-5, rtol=0)
 
 
@@ -56,6 +66,7 @@ def random_predictions() -> Predictions:
     return Predictions(logits, torch.randn(1, 1, 10, 8, generator=generator), features)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("sizes", SIZES[:5])
 def test_results_equal_the_plain_way(sizes: tuple, strip_values: int) -> None:
     predictions = random_predictions()
@@ -94,6 +105,7 @@ def test_results_equal_the_plain_way(sizes: tuple, strip_values: int) -> None:
         assert box == [float(x) for x in around]
 
 
+@pytest.mark.usefixtures("kernels")
 def test_gradients_go_through_semantic_scores() -> None:
     predictions = random_predictions()
     predictions.class_logits.requires_grad_()
@@ -119,6 +131,7 @@ def test_order_of_masks_without_a_copy() -> None:
         assert torch.equal(_reordered(masks.clone(), index), masks[index])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("sizes", SIZES[:5])
 @pytest.mark.parametrize("others", [True, False])
 def test_labels_are_the_best_classes_of_the_scores(sizes: tuple, others: bool, strip_values: int) -> None:

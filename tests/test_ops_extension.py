@@ -167,7 +167,7 @@ def test_what_fits_is_kept_where_it_cannot_be_built_now(built, monkeypatch):
 
 
 def test_a_failed_build_keeps_the_compilers_words(built):
-    for path in (built / "csrc" / "cpu").glob("*.cpp"):
+    for path in (built / "csrc").rglob("*.cpp"):
         path.unlink()
     (built / "csrc" / "ms_deform_attn.cpp").write_text("#error what is wrong\n")
     record = build.build("cpu", built, built)
@@ -177,7 +177,7 @@ def test_a_failed_build_keeps_the_compilers_words(built):
 
 
 def test_a_build_replaces_what_was_there_and_can_be_loaded(built):
-    for path in (built / "csrc" / "cpu").glob("*.cpp"):
+    for path in (built / "csrc").rglob("*.cpp"):
         path.unlink()
     (built / "csrc" / "ms_deform_attn.cpp").write_text("int mask2former_nothing() { return 0; }\n")
     record = build.build("cpu", built, built)

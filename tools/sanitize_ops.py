@@ -2,8 +2,10 @@
 """Run the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which end the program at the first mistake.
 
 Builds them with GCC's sanitizers in a temporary folder, about a minute; what is installed stays as it is. Then every
-capability of this CPU goes through the operators, forward and backward, plain and fused, in all four dtypes: usual and
-odd sizes, none at all, places far outside, NaN and infinity, parts of larger tensors, more threads than heads.
+capability of this CPU goes through the operators. Deformable attention, forward and backward, plain and fused, in all
+four dtypes: usual and odd sizes, none at all, places far outside, NaN and infinity, parts of larger tensors, more
+threads than heads. Results of masks: sizes around that of a tile, none at all, NaN and infinity, parts of larger
+tensors.
 
 Exits with 1 where something was found, and shows it.
 
@@ -52,6 +54,8 @@ SIZES: tuple[dict, ...] = (
     *({name: 0} for name in ("batch", "queries", "heads", "channels", "points")),
     {"shapes": ()},
 )
+# Of strips: masks, rows, columns.
+STRIP_SIZES = ((1, 1, 1), (3, 8, 64), (5, 9, 65), (2, 17, 63), (100, 20, 200), (4, 0, 5), (4, 5, 0))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,7 +123,28 @@ def go_through_operators(library: Path) -> int:
             output = getattr(torch.ops.mask2former, name)(*arguments)
             getattr(torch.ops.mask2former, f"{name}_backward")(torch.ones_like(output), *arguments)
             passes += 2
+    for threads, size, parts in itertools.product(THREADS, STRIP_SIZES, (False, True)):
+        torch.set_num_threads(threads)
+        passes += go_through_strip(*size, parts)
     return passes
+
+
+def go_through_strip(masks: int, rows: int, columns: int, parts: bool) -> int:
+    """Make all results of random masks; with ``parts``, from and in parts of larger tensors; -> number of passes."""
+    torch.manual_seed(0)
+    beside = 1 if parts else 0
+    maps = 9 * torch.randn(masks, 4 + beside, columns + beside)
+    for extreme in (1e30, torch.inf, -torch.inf, torch.nan):
+        maps.masked_fill_(torch.rand(maps.shape) < 0.02, extreme)
+    strip = (maps[:, beside:, beside:], torch.randint(4, (rows,)), torch.randint(4, (rows,)), torch.rand(rows))
+    probabilities, chosen = torch.rand(13, masks), torch.randint(masks, (2 * masks,))
+    operators = torch.ops.mask2former
+    operators.class_labels(*strip, probabilities)
+    operators.class_scores(*strip, probabilities, torch.empty(13, rows + beside, columns + beside)[:, beside:, beside:])
+    operators.mask_winners(*strip, chosen, torch.rand(2 * masks))
+    binary = torch.empty(2 * masks, rows + beside, columns + beside, dtype=torch.bool)
+    operators.binary_masks(*strip, chosen, binary[:, beside:, beside:])
+    return 4
 
 
 def random_arguments(

@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..errors import UserError
+from ..ops import Inside, MaskStrip, best_classes
 from ..structures import CroppedMasks, boxes_around
 from .mask_nms import mask_nms
 from .mask_strips import mask_strips
@@ -138,9 +139,8 @@ def postprocess(
     logits = predictions.mask_logits(-1, image, wanted if len(wanted) < len(class_logits) else None)
     last_sizes = (padded_size, padded_size) if sums_first else (image_size, size)
     for rows, strip in mask_strips(logits, padded_size, *last_sizes):
-        probabilities = strip.sigmoid()
         for name, result in results.items():
-            result.add(rows, strip, probabilities, places[name])
+            result.add(rows, strip, places[name])
     made = {name: result.finish(places[name]) for name, result in results.items()}
     if sums_first and settings.semantic_on:
         resize = _resized_labels if settings.semantic_labels else resize_valid
@@ -156,8 +156,8 @@ class _Result(Protocol):
 
     queries: Tensor
 
-    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
-        """Take in mask logits and probabilities (N, R, W)."""
+    def add(self, rows: slice, strip: MaskStrip, places: Tensor) -> None:
+        """Take in some rows of the masks."""
 
     def finish(self, places: Tensor) -> Any:
         """The result."""
@@ -174,28 +174,8 @@ def _resized_labels(scores: Tensor, valid_size: tuple[int, int], size: tuple[int
     labels = torch.empty(size, dtype=torch.int32, device=scores.device)
     valid = scores[:, : valid_size[0], : valid_size[1]]
     for rows, strip in mask_strips(valid, valid_size, valid_size, size):
-        labels[rows] = best_classes(strip)
+        labels[rows] = best_classes(strip.logits)
     return labels
-
-
-def best_classes(scores: Tensor) -> Tensor:
-    """The best class of each pixel, int32 (H, W), from scores (K, H, W); the first of equal ones."""
-    return _first_of_best(scores).int()
-
-
-def _first_of_best(values: Tensor) -> Tensor:
-    """``argmax(0)``, two to three times as fast on a CPU."""
-    return values.max(0).indices
-
-
-def _areas(masks: Tensor) -> Tensor:
-    """Pixels (N) of bool masks (N, H, W)."""
-    return masks.sum((1, 2), dtype=torch.int32)
-
-
-def semantic_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
-    """Class scores (K, H, W): each query gives its mask's probability to its classes (MaskFormer, section 3.4)."""
-    return torch.einsum("qk,qhw->khw", class_logits.softmax(-1)[:, :-1], mask_logits.sigmoid())
 
 
 class _SemanticScores:
@@ -206,14 +186,9 @@ class _SemanticScores:
         self.class_probabilities = class_logits.softmax(-1)[:, :-1].T
         self.scores = class_logits.new_empty(len(self.class_probabilities), *size)
 
-    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
+    def add(self, rows: slice, strip: MaskStrip, places: Tensor) -> None:
         """Take in a strip."""
-        scores = self.scores[:, rows].flatten(1)  # a view, because it is one piece of memory a class
-        with_gradients = probabilities.requires_grad or self.class_probabilities.requires_grad
-        if torch.jit.is_tracing() or (torch.is_grad_enabled() and with_gradients):
-            scores.copy_(self.class_probabilities @ probabilities.flatten(1))
-        else:  # faster, but nothing that gradients or a flop counter could follow
-            torch.mm(self.class_probabilities, probabilities.flatten(1), out=scores)
+        strip.write_class_scores(self.class_probabilities, self.scores[:, rows])
 
     def finish(self, places: Tensor) -> Tensor:
         """The scores."""
@@ -228,10 +203,9 @@ class _SemanticLabels:
         self.class_probabilities = class_logits.softmax(-1)[:, :-1].T
         self.labels = torch.empty(size, dtype=torch.int32, device=class_logits.device)
 
-    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
+    def add(self, rows: slice, strip: MaskStrip, places: Tensor) -> None:
         """Take in a strip."""
-        scores = self.class_probabilities @ probabilities.flatten(1)  # (K, R*W)
-        self.labels[rows] = best_classes(scores).view(probabilities.shape[1:])
+        self.labels[rows] = strip.class_labels(self.class_probabilities)
 
     def finish(self, places: Tensor) -> Tensor:
         """The labels."""
@@ -253,19 +227,15 @@ class _PanopticSegments:
         self.winner = torch.full(size, count, dtype=torch.int32, device=class_logits.device)
         self.visible, self.remaining, self.whole = torch.zeros(3, count, dtype=torch.int64, device=class_logits.device)
 
-    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
+    def add(self, rows: slice, strip: MaskStrip, places: Tensor) -> None:
         """Take in a strip."""
-        count = len(self.queries)
-        if not count:
+        if not len(self.queries):
             return
-        if count < len(probabilities):  # else they are all there, in this order
-            probabilities = probabilities[places]
-        winner = _first_of_best(self.scores[:, None, None] * probabilities)  # (R, W)
-        inside = probabilities.gather(0, winner[None])[0] >= 0.5
-        self.winner[rows] = winner.masked_fill(~inside, count)
-        self.visible += torch.bincount(winner.flatten(), minlength=count)
-        self.remaining += torch.bincount(winner[inside], minlength=count)
-        self.whole += _areas(probabilities >= 0.5)
+        found = strip.winners(places, self.scores)
+        self.winner[rows] = found.winner
+        self.visible += found.visible
+        self.remaining += found.remaining
+        self.whole += found.whole
 
     def finish(self, places: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Segment ids (H, W) and segments."""
@@ -314,24 +284,9 @@ def instance_candidates(class_logits: Tensor, settings: InferenceSettings) -> In
     return candidates
 
 
-class MaskQuality:
-    """Mean probability (N) inside each of N masks: how sure the model is of its shape."""
-
-    def __init__(self) -> None:
-        self._above_half: Tensor | float = 0.0
-        self._area: Tensor | int = 0
-
-    def add(self, masks: Tensor, probabilities: Tensor) -> "MaskQuality":
-        """Take in a part of all masks, bool (N, R, W), with the probabilities there, 0.5 or more inside."""
-        # A product with the mask is slower than this.
-        self._above_half = self._above_half + (probabilities - 0.5).clamp_(min=0).sum((1, 2))
-        self._area = self._area + _areas(masks)
-        return self
-
-    def means(self) -> Tensor:
-        """The means; 0 for an empty mask."""
-        assert isinstance(self._above_half, Tensor)
-        return (self._above_half + 0.5 * self._area) / (self._area + 1e-6)
+def mask_quality(inside: Inside) -> Tensor:
+    """Mean probability (N) inside each of N masks: how sure the model is of its shape; 0 for an empty mask."""
+    return (inside.above_half + 0.5 * inside.area) / (inside.area + 1e-6)
 
 
 class _InstanceMasks:
@@ -343,35 +298,33 @@ class _InstanceMasks:
         self.settings = settings
         self.size = size
         self.masks = torch.empty(len(self.queries), *size, dtype=torch.bool, device=class_logits.device)
-        self.quality = MaskQuality()
-        self.highest_of_columns: Tensor | None = None  # (N, W) of the logits
-        self.highest_of_rows: Tensor | None = None  # (N, H)
+        self.inside: Inside | None = None  # of all rows
 
-    def add(self, rows: slice, logits: Tensor, probabilities: Tensor, places: Tensor) -> None:
+    def add(self, rows: slice, strip: MaskStrip, places: Tensor) -> None:
         """Take in a strip."""
-        binary = logits > 0
-        self.masks[:, rows] = binary[places]
-        self.quality.add(binary, probabilities)
-        if self.highest_of_columns is None or self.highest_of_rows is None:
-            self.highest_of_columns = logits.amax(1)
+        found = strip.write_binary_masks(places, self.masks[:, rows])
+        if self.inside is None:
             # One tensor for all rows: small ones that are kept would split the memory that large ones come from.
-            self.highest_of_rows = logits.new_empty(len(logits), self.size[0])
+            in_rows = found.in_rows.new_zeros(len(found.in_rows), self.size[0])
+            self.inside = found._replace(in_rows=in_rows)
         else:
-            self.highest_of_columns = torch.maximum(self.highest_of_columns, logits.amax(1))
-        self.highest_of_rows[:, rows] = logits.amax(2)
+            self.inside.above_half.add_(found.above_half)
+            self.inside.area.add_(found.area)
+            self.inside.in_columns.logical_or_(found.in_columns)
+        self.inside.in_rows[:, rows] = found.in_rows
 
     def finish(self, places: Tensor) -> Instances:
         """The instances, best first."""
         result = Instances(self.size)
         candidates, settings = self.candidates, self.settings
-        scores = candidates.scores * self.quality.means()[places]
+        assert self.inside is not None
+        scores = candidates.scores * mask_quality(self.inside)[places]
         order = scores.argsort(descending=True, stable=True)
         order = order[scores[order] >= settings.instance_score_threshold]
         if settings.mask_nms_threshold < 1:
             crops = CroppedMasks.from_masks(self.masks, copy=False)[order]
             order = order[mask_nms(crops, candidates.classes[order], settings.mask_nms_threshold)]
-        assert self.highest_of_columns is not None and self.highest_of_rows is not None
-        boxes = boxes_around(self.highest_of_rows > 0, self.highest_of_columns > 0)
+        boxes = boxes_around(self.inside.in_rows, self.inside.in_columns)
         result.pred_masks = _reordered(self.masks, order)
         result.pred_boxes = Boxes(boxes[places[order]].float())
         result.scores = scores[order]

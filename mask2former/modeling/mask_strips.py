@@ -3,27 +3,30 @@
 Letters: ``N`` masks; ``h`` and ``w`` their size, ``H`` and ``W`` that of the results, ``R`` rows of a strip.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import KERNELS, MaskStrip
+
 __all__ = ["mask_strips"]
 
 Size = tuple[int, int]
 
-# Values of a strip: on a CPU few enough for its cache, elsewhere enough to keep a GPU busy and its memory free.
-STRIP_VALUES = {"cpu": 1 << 20}
+# Values of a strip. In plain PyTorch on a CPU, few enough for its cache; the kernels keep none of them, and take more
+# rows at a time. Elsewhere enough to keep a GPU busy and its memory free.
+STRIP_VALUES = {"cpu": 1 << 22 if "cpu" in KERNELS else 1 << 20}
 STRIP_VALUES_ELSEWHERE = 1 << 26
 
 
-def mask_strips(logits: Tensor, padded_size: Size, valid_size: Size, size: Size) -> Iterator[tuple[slice, Tensor]]:
+def mask_strips(logits: Tensor, padded_size: Size, valid_size: Size, size: Size) -> Iterator[tuple[slice, MaskStrip]]:
     """Resize masks as ``F.interpolate`` does, twice and strip by strip, the same but for rounding.
 
-    Interpolation is linear in rows and in columns, so that the rows of both steps can be made first, while the
-    columns are few.
+    Interpolation is linear in rows and in columns, so that columns can be made first, of those rows alone that the
+    last step mixes.
 
     Args:
         logits: (N, h, w).
@@ -35,15 +38,20 @@ def mask_strips(logits: Tensor, padded_size: Size, valid_size: Size, size: Size)
         rows of the result, and masks (N, R, W) there.
     """
     height, width = size
-    rows = [_taps(logits.shape[1], padded_size[0], logits.device).cut(slice(0, valid_size[0]))]
+    last = _taps(logits.shape[1], padded_size[0]).at(slice(0, valid_size[0]))
+    before = None
     if valid_size[0] != height:
-        rows.append(_taps(valid_size[0], height, logits.device))
+        before, last = last, _taps(valid_size[0], height)
     values = STRIP_VALUES.get(logits.device.type, STRIP_VALUES_ELSEWHERE)
     step = max(values // max(len(logits) * max(width, padded_size[1]), 1), 1)
     for start in range(0, height, step):
         strip = slice(start, min(start + step, height))
-        maps = _resize_columns(_resize_rows(logits, rows, strip), padded_size[1])[..., : valid_size[1]]
-        yield strip, _resize_columns(maps, width)
+        taps = last.at(strip)
+        needed, places = torch.cat([taps.low, taps.high]).unique(return_inverse=True)
+        maps = logits[:, needed.to(logits.device)] if before is None else before.at(needed).mix(logits)
+        maps = _resize_columns(_resize_columns(maps, padded_size[1])[..., : valid_size[1]], width)
+        low, high = places.to(logits.device).chunk(2)
+        yield strip, MaskStrip(maps, low, high, taps.share.to(logits))
 
 
 class _Taps(NamedTuple):
@@ -53,27 +61,20 @@ class _Taps(NamedTuple):
     high: Tensor
     share: Tensor
 
-    def cut(self, rows: slice) -> "_Taps":
+    def at(self, rows: slice | Tensor) -> "_Taps":
         return _Taps(self.low[rows], self.high[rows], self.share[rows])
 
+    def mix(self, maps: Tensor) -> Tensor:
+        """Resized rows (N, n, w) of maps (N, h, w)."""
+        return MaskStrip(maps, *(x.to(maps.device) for x in self)).logits
 
-def _taps(size: int, resized: int, device: torch.device) -> _Taps:
+
+def _taps(size: int, resized: int) -> _Taps:
     """Bilinear interpolation between cell centres, those beyond the first and the last one clamped to them."""
-    centres = (torch.arange(resized, dtype=torch.float32, device=device) + 0.5) * (size / resized) - 0.5
+    centres = (torch.arange(resized, dtype=torch.float32) + 0.5) * (size / resized) - 0.5
     centres = centres.clamp(min=0)
     low = centres.long().clamp(max=size - 1)
     return _Taps(low, (low + 1).clamp(max=size - 1), centres - low)
-
-
-def _resize_rows(maps: Tensor, steps: Sequence[_Taps], strip: slice) -> Tensor:
-    """Rows ``strip`` of maps (N, h, w) resized by one step after the other."""
-    *before, last = steps
-    taps = last.cut(strip)
-    if before:
-        first, end = int(taps.low[0]), int(taps.high[-1]) + 1
-        maps = _resize_rows(maps, before, slice(first, end))
-        taps = _Taps(taps.low - first, taps.high - first, taps.share)
-    return torch.lerp(maps[:, taps.low], maps[:, taps.high], taps.share[:, None])
 
 
 def _resize_columns(maps: Tensor, width: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batches import batches_of_equal_size
 from ..data import read_image
 from ..errors import UserError
-from .inference import best_classes
+from ..ops import best_classes
 from .meta_arch import MaskFormer
 
 __all__ = ["SemanticSegmentorWithTTA"]

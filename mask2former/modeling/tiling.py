@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from detectron2.structures import Instances
 from torch import Tensor
 
+from ..ops import MaskStrip
 from ..structures import CroppedMasks
-from .inference import InferenceSettings, MaskQuality, instance_candidates, semantic_scores
+from .inference import InferenceSettings, instance_candidates, mask_quality
 from .predictions import Predictions
 from .tile_merging import TileInstances, Window, merge_tiles
 
@@ -69,10 +70,14 @@ class TiledInference:
         logits = F.grid_sample(
             predictions.mask_logits(-1, image)[None], grid[None], padding_mode="border", align_corners=False
         )[0]  # (Q, h, w)
+        strip = MaskStrip.whole(logits)
         if self.settings.semantic_on or self.settings.panoptic_on:
-            self._add_semantic(tile, window, semantic_scores(class_logits, logits).cpu())
+            class_probabilities = class_logits.softmax(-1)[:, :-1].T
+            scores = logits.new_empty(len(class_probabilities), *logits.shape[1:])
+            strip.write_class_scores(class_probabilities, scores)
+            self._add_semantic(tile, window, scores.cpu())
         if self.settings.instance_on or self.settings.panoptic_on:
-            self._found.append(self._find_instances(window, class_logits, logits))
+            self._found.append(self._find_instances(window, class_logits, strip))
 
     def results(self) -> dict[str, Any]:
         """Results as :func:`inference.postprocess` describes them, ``pred_masks`` a ``CroppedMasks``."""
@@ -131,12 +136,13 @@ class TiledInference:
             weights = torch.minimum(weights, (stop - position) / width)
         return weights
 
-    def _find_instances(self, window: Window, class_logits: Tensor, logits: Tensor) -> TileInstances:
+    def _find_instances(self, window: Window, class_logits: Tensor, strip: MaskStrip) -> TileInstances:
         candidates = instance_candidates(class_logits, self.settings)
-        binary = logits > 0
-        scores = candidates.scores * MaskQuality().add(binary, logits.sigmoid()).means()[candidates.queries]
-        masks = binary[candidates.queries]
-        likely = masks.flatten(1).any(1) & (scores >= self.settings.instance_score_threshold)
+        queries = candidates.queries
+        masks = torch.empty(len(queries), *strip.maps.shape[1:], dtype=torch.bool, device=queries.device)
+        inside = strip.write_binary_masks(queries, masks)
+        scores = candidates.scores * mask_quality(inside)[queries]
+        likely = (inside.area[queries] > 0) & (scores >= self.settings.instance_score_threshold)
         masks = masks[likely]
         height, width = self.size
         cut = torch.zeros(len(masks), dtype=torch.bool, device=masks.device)

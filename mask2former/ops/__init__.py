@@ -1,6 +1,17 @@
-"""Multi-scale deformable attention: the operator, and the module with its learned parts."""
+"""What compiled kernels compute: deformable attention, with the module of its learned parts, and results of masks."""
 
+from .extension import KERNELS
 from .functional import ms_deform_attn, ms_deform_attn_fused
+from .mask_strip import Inside, MaskStrip, Winners, best_classes
 from .module import MSDeformAttn
 
-__all__ = ["MSDeformAttn", "ms_deform_attn", "ms_deform_attn_fused"]
+__all__ = [
+    "KERNELS",
+    "Inside",
+    "MSDeformAttn",
+    "MaskStrip",
+    "Winners",
+    "best_classes",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+]

@@ -40,7 +40,7 @@ FOLDER = Path(__file__).resolve().parent
 DEVICES = ("cpu", "cuda")
 
 # What each library is made of, relative to csrc.
-SOURCES = {"cpu": ("ms_deform_attn.cpp", "cpu/*.cpp"), "cuda": ("cuda/*.cu",)}
+SOURCES = {"cpu": ("*.cpp", "cpu/*.cpp"), "cuda": ("cuda/*.cu",)}
 HEADERS = {"cpu": ("*.h", "cpu/*.h"), "cuda": ("*.h", "cuda/*.cuh", "cuda/*.h")}
 
 # The C++ standard is left to torch. at::parallel_for is an OpenMP loop in torch's headers; its run-time library is not

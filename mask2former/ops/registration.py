@@ -1,16 +1,19 @@
 """What torch needs to know of the compiled operators besides their kernels: results' shapes, gradients, batching.
 
-Their schemas are in ``csrc/ms_deform_attn.cpp``. To be imported only where their library is loaded.
+Their schemas are in ``csrc/ms_deform_attn.cpp`` and ``csrc/mask_strip.cpp``. To be imported only where their library is
+loaded.
 
 ``inputs`` stands for what an operator takes after ``spatial_shapes``: locations and weights or, fused, reference
 points, offsets and logits.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
 
@@ -168,3 +171,57 @@ for _name in ("mask2former::ms_deform_attn", "mask2former::ms_deform_attn_fused"
     torch.library.register_autograd(_name, _backward, setup_context=_setup_context)
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
     torch.library.register_autograd(f"{_name}_backward", _second_backward, setup_context=_setup_second_context)
+
+
+# ------------------------------------------------------------------------------------------- results of masks
+
+
+def _strip_size(maps: Tensor, low: Tensor) -> tuple[int, int]:
+    return low.shape[0], maps.shape[2]
+
+
+@torch.library.register_fake("mask2former::class_labels")
+def _fake_labels(maps: Tensor, low: Tensor, high: Tensor, share: Tensor, class_probabilities: Tensor) -> Tensor:
+    return maps.new_empty(_strip_size(maps, low), dtype=torch.int32)
+
+
+@torch.library.register_fake("mask2former::class_scores")
+def _fake_scores(
+    maps: Tensor, low: Tensor, high: Tensor, share: Tensor, class_probabilities: Tensor, scores: Tensor
+) -> None:
+    return None
+
+
+@register_flop_formula([torch.ops.mask2former.class_labels, torch.ops.mask2former.class_scores])
+def _class_product_flops(
+    maps: Sequence[int],
+    low: Sequence[int],
+    high: Sequence[int],
+    share: Sequence[int],
+    class_probabilities: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """For torch's counter, from shapes: two operations for each class, mask and pixel."""
+    return 2 * math.prod(class_probabilities) * low[0] * maps[2]
+
+
+@torch.library.register_fake("mask2former::mask_winners")
+def _fake_winners(
+    maps: Tensor, low: Tensor, high: Tensor, share: Tensor, rivals: Tensor, scores: Tensor
+) -> tuple[Tensor, ...]:
+    counts = (rivals.new_empty(rivals.shape) for _ in range(3))
+    return (maps.new_empty(_strip_size(maps, low), dtype=torch.int32), *counts)
+
+
+@torch.library.register_fake("mask2former::binary_masks")
+def _fake_binary_masks(
+    maps: Tensor, low: Tensor, high: Tensor, share: Tensor, places: Tensor, binary: Tensor
+) -> tuple[Tensor, ...]:
+    count, (rows, columns) = maps.shape[0], _strip_size(maps, low)
+    return (
+        maps.new_empty(count),
+        maps.new_empty(count, dtype=torch.int64),
+        maps.new_empty(count, columns, dtype=torch.bool),
+        maps.new_empty(count, rows, dtype=torch.bool),
+    )

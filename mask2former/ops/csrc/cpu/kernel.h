@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "../ms_deform_attn.h"
+#include "mask_strip.h"
 
 namespace mask2former {
 namespace cpu {
@@ -53,7 +54,11 @@ struct Kernels {
   void (*value_backward)(const Problem&, const Gradients&, const Strip&, void* workspace);
   // At last, the gradients of sampling and attention of rows [first, last).
   void (*sampling_backward)(const Problem&, const Gradients&, int64_t first, int64_t last, void* workspace);
+  MaskKernels masks;
 };
+
+// Those of the best capability that CPU and torch have.
+const Kernels& kernels();
 
 const Kernels& kernels_default();
 #if defined(__GNUC__) && defined(__x86_64__)

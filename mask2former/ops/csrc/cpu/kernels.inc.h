@@ -12,6 +12,7 @@ namespace MASK2FORMER_CAPABILITY {
 namespace {
 
 #include "numbers.inc.h"
+#include "mask_strip.inc.h"
 
 // The gradient of value finds corners of at least as many samples at a time.
 constexpr int64_t FEWEST_SAMPLES = 384;
@@ -667,7 +668,7 @@ void sampling_backward(const Problem& problem, const Gradients& gradients, int64
 
 #undef MASK2FORMER_FOR_TYPE
 
-constexpr Kernels KERNELS{workspace_size, forward, place_samples, value_backward, sampling_backward};
+constexpr Kernels KERNELS{workspace_size, forward, place_samples, value_backward, sampling_backward, MASK_KERNELS};
 
 }  // namespace
 }  // namespace MASK2FORMER_CAPABILITY

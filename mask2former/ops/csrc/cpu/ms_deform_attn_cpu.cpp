@@ -1,40 +1,21 @@
-// The operators on CPU tensors: memory, threads, and the choice of the kernels' capability.
+// Deformable attention on CPU tensors: memory and threads.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "../arguments.h"
 #include "kernel.h"
+#include "memory.h"
 
 namespace mask2former {
 namespace cpu {
 namespace {
 
 using at::Tensor;
-
-// Follows torch's own choice, and so ATEN_CPU_CAPABILITY.
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
-#if defined(__GNUC__) && defined(__x86_64__)
-    const std::string capability = at::get_cpu_capability();
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && capability == "AVX512") return kernels_avx512();
-    if (avx2 && (capability == "AVX512" || capability == "AVX2")) return kernels_avx2();
-#endif
-    return kernels_default();
-  }();
-  return chosen;
-}
 
 // The arguments, and the problem that points into them.
 struct CpuArguments : Arguments {
@@ -51,19 +32,6 @@ struct CpuArguments : Arguments {
 };
 
 int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
-
-// Memory of one thread, aligned as the kernels need it.
-class Memory {
- public:
-  explicit Memory(size_t bytes) : bytes_(bytes + 64) {}
-  void* get() {
-    const auto address = reinterpret_cast<uintptr_t>(bytes_.data());
-    return reinterpret_cast<void*>((address + 63) / 64 * 64);
-  }
-
- private:
-  std::vector<char> bytes_;
-};
 
 // Calls function(first, last, workspace) for parts of `count` pieces of work, on all threads.
 template <typename Function>
