@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import UserError
-from ...ops import MSDeformAttn
+from ...ops import MSDeformAttn, ms_deform_attn_fused
 from ..checkpointing import LayerCheckpointing
 from ..position_encoding import PositionEmbeddingSine
 from ..precision import is_autocast_to_bfloat16
 from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv, pyramid_arguments
+from .position_wise import add_and_feed_forward, project
 
 __all__ = ["MSDeformAttnPixelDecoder"]
 
@@ -48,6 +49,8 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
+        if torch.is_grad_enabled() and _is_plain_cpu(x) and self._is_plain():
+            return self._position_wise(x, position, reference_points, spatial_shapes)
         chunks = _chunks(x)
         if torch.is_grad_enabled() or _has_hooks(self.self_attn):
             # The gradient of the values is made for all queries at once, and hooks see all of them.
@@ -63,6 +66,34 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         encoded = [self._after_attention(*pair) for pair in zip(chunks, attended, strict=True)]
         return encoded[0] if len(encoded) == 1 else torch.cat(encoded, dim=1)
 
+    def _is_plain(self) -> bool:
+        """Whether all parts are what they were built as, and no hook, dropout or autocast comes between them."""
+        _, *parts = self.modules()
+        return (
+            all(type(part) in (MSDeformAttn, nn.Linear, nn.LayerNorm, nn.Dropout) for part in parts)
+            and not any(_has_hooks(part) for part in parts)
+            and not (self.dropout.p > 0 and self.training)
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _position_wise(
+        self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """What :meth:`forward` gives, where all but sampling has its gradients made chunk by chunk, too."""
+        attention = self.self_attn
+        places = (attention.sampling_offsets, attention.attention_weights)
+        value, offsets, logits = project(x, position, attention.value_proj, places)
+        heads = (attention.n_heads, attention.n_levels, attention.n_points)
+        attended = ms_deform_attn_fused(
+            value.unflatten(-1, (attention.n_heads, -1)),
+            spatial_shapes,
+            reference_points,
+            offsets.unflatten(-1, (*heads, 2)),
+            logits.unflatten(-1, heads),
+        )
+        norms, feed_forward = (self.norm1, self.norm2), (self.linear1, self.linear2)
+        return add_and_feed_forward(x, attended, attention.output_proj, norms, feed_forward)
+
     def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.norm1(x + self.dropout(attended))
         return self.norm2(x + self.dropout(self._feed_forward(x)))
@@ -76,7 +107,8 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         )
 
     def _two_linear_layers(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        # In place it would change a view of what linear1 makes, whose gradient is copied several times then.
+        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())))
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:
@@ -85,7 +117,8 @@ def _chunks(x: Tensor) -> Sequence[Tensor]:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def _is_plain_cpu(x: Tensor) -> bool:
