@@ -1,4 +1,4 @@
-"""The encoder's gradients in chunks against its modules and torch's own gradients."""
+"""The encoder's layers in chunks and by kernels against their modules and torch's own gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mask2former.modeling.pixel_decoder import msdeformattn, position_wise
 from mask2former.modeling.pixel_decoder.msdeformattn import MSDeformAttnTransformerEncoderLayer, cell_centres
+from mask2former.ops import extension
 
 SHAPES = [(2, 3), (4, 6)]
 POSITIONS, CHANNELS, HIDDEN = 30, 16, 40
@@ -165,3 +166,101 @@ def test_dropout_and_autocast_take_the_modules(used: list[str]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         in_chunks(layer, x, position).sum().backward()
     assert used == BOTH
+
+
+# ------------------------------------------------------------------------------------------- without gradients
+
+needs_kernels = pytest.mark.skipif("cpu" not in extension.KERNELS, reason=f"no CPU kernels: {extension.reason('cpu')}")
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("channels", "hidden"), [(16, 40), (12, 7), (256, 1024)], ids=["vectors", "odd numbers", "the usual size"]
+)
+def test_kernels_equal_the_formula(channels: int, hidden: int, threads: int, used: list[str]) -> None:
+    """For two pictures that share positions, and more positions than a block has."""
+    shapes, before = [(5, 7), (15, 33)], torch.get_num_threads()
+    layer = MSDeformAttnTransformerEncoderLayer(channels, hidden, 0.0, n_levels=2, n_heads=4, n_points=3)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=channels**-0.5)
+    x, position = torch.randn(2, 530, channels), torch.randn(1, 530, channels)
+    points = cell_centres(shapes, x.device)
+    with torch.inference_mode():
+        y = layer.norm1(x + layer.self_attn(x + position, points, x, shapes))
+        expected = layer.norm2(y + layer.linear2(F.relu(layer.linear1(y))))
+        torch.set_num_threads(threads)
+        try:
+            found = layer(x, position, points, shapes)
+        finally:
+            torch.set_num_threads(before)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert used == BOTH
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", [with_hook, with_another_layer])
+def test_changed_parts_take_no_kernels(
+    change: Callable[[MSDeformAttnTransformerEncoderLayer], None], used: list[str]
+) -> None:
+    layer, (x, position) = make_layer(dtype=torch.float32), make_inputs(torch.float32)
+    change(layer)
+    with torch.no_grad():
+        torch.testing.assert_close(in_chunks(layer, x, position), formula(layer, x, position))
+    assert not used
+
+
+def test_no_kernels_take_modules_in_chunks(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(position_wise, "KERNELS", frozenset())
+    monkeypatch.setattr(msdeformattn, "CHUNK_ROWS", 7)
+    layer, inputs = make_layer(), make_inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(in_chunks(layer, *inputs), formula(layer, *inputs), rtol=1e-10, atol=1e-10)
+    assert not used
+
+
+@needs_kernels
+def test_kernels_keep_what_is_no_number() -> None:
+    layer, (x, position) = make_layer(dtype=torch.float32), make_inputs(torch.float32)
+    with torch.no_grad():
+        layer.linear1.bias[3] = torch.nan
+        assert in_chunks(layer, x, position).isnan().all()
+
+
+def operator_arguments() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Of both operators."""
+    layer, (x, position) = make_layer(dtype=torch.float32), make_inputs(torch.float32)
+    parts = (layer.self_attn.output_proj, layer.norm1, layer.linear1, layer.linear2, layer.norm2)
+    x, position, *parameters = (t.detach() for t in (x, position, *position_wise._parameters(*parts)))
+    weights, biases = [torch.randn(m, CHANNELS) for m in (3, 20)], [torch.randn(m) for m in (3, 20)]
+    return (x, position, weights, biases), (x, x.neg(), parameters, 1e-5, 1e-5)
+
+
+@needs_kernels
+def test_operators_keep_to_their_schemas() -> None:
+    operators = torch.ops.mask2former
+    first, second = operator_arguments()
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.project_positions, first, test_utils=tests)
+    torch.library.opcheck(operators.add_and_feed_forward, second, test_utils=tests)
+
+
+@needs_kernels
+def test_arguments_that_do_not_fit() -> None:
+    """The operators say so, and reach nowhere."""
+    operators = torch.ops.mask2former
+    (x, position, weights, biases), (_, attended, parameters, *eps) = operator_arguments()
+    for message, call in (
+        ("x must be Float", lambda: operators.project_positions(x.double(), position, weights, biases)),
+        (r"position must be \(B or 1", lambda: operators.project_positions(x, x[:0], weights, biases)),
+        ("position must be Float", lambda: operators.project_positions(x, position[:, :5], weights, biases)),
+        ("one layer or more", lambda: operators.project_positions(x, position, weights, biases[:1])),
+        ("biases must be Float", lambda: operators.project_positions(x, position, weights, biases[::-1])),
+        ("weights must be Float", lambda: operators.project_positions(x, position, [w.T for w in weights], biases)),
+        ("attended must be Float", lambda: operators.add_and_feed_forward(x, attended[:1], parameters, *eps)),
+        ("five parts", lambda: operators.add_and_feed_forward(x, attended, parameters[:9], *eps)),
+        ("third a matrix", lambda: operators.add_and_feed_forward(x, attended, parameters[::-1], *eps)),
+        ("parameters must be Float", lambda: operators.add_and_feed_forward(x[..., 1:], x[..., 1:], parameters, *eps)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()

@@ -5,7 +5,7 @@ Builds them with GCC's sanitizers in a temporary folder, about a minute; what is
 capability of this CPU goes through the operators. Deformable attention, forward and backward, plain and fused, in all
 four dtypes: usual and odd sizes, none at all, places far outside, NaN and infinity, parts of larger tensors, more
 threads than heads. Results of masks: sizes around that of a tile, none at all, NaN and infinity, parts of larger
-tensors.
+tensors. Position-wise layers: numbers of positions around that of a block, widths around that of a vector.
 
 Exits with 1 where something was found, and shows it.
 
@@ -54,6 +54,8 @@ SIZES: tuple[dict, ...] = (
     *({name: 0} for name in ("batch", "queries", "heads", "channels", "points")),
     {"shapes": ()},
 )
+# Pictures, positions, channels, hidden features.
+POSITION_WISE_SIZES = ((2, 3, 1, 1), (1, 255, 16, 33), (2, 257, 15, 17), (1, 600, 64, 100), (0, 5, 8, 8), (1, 0, 8, 8))
 # Of strips: masks, rows, columns.
 STRIP_SIZES = ((1, 1, 1), (3, 8, 64), (5, 9, 65), (2, 17, 63), (100, 20, 200), (4, 0, 5), (4, 5, 0))
 
@@ -126,6 +128,9 @@ def go_through_operators(library: Path) -> int:
     for threads, size, parts in itertools.product(THREADS, STRIP_SIZES, (False, True)):
         torch.set_num_threads(threads)
         passes += go_through_strip(*size, parts)
+    for threads, sizes in itertools.product(THREADS, POSITION_WISE_SIZES):
+        torch.set_num_threads(threads)
+        passes += go_through_position_wise(*sizes)
     return passes
 
 
@@ -145,6 +150,21 @@ def go_through_strip(masks: int, rows: int, columns: int, parts: bool) -> int:
     binary = torch.empty(2 * masks, rows + beside, columns + beside, dtype=torch.bool)
     operators.binary_masks(*strip, chosen, binary[:, beside:, beside:])
     return 4
+
+
+def go_through_position_wise(batch: int, positions: int, channels: int, hidden: int) -> int:
+    """Both operators on random numbers; -> number of passes."""
+    torch.manual_seed(0)
+    x, position = torch.randn(batch, positions, channels), torch.randn(1, positions, channels)
+    operators = torch.ops.mask2former
+    widths = (channels, 3, 2 * channels)
+    operators.project_positions(
+        x, position, [torch.randn(m, channels) for m in widths], [torch.randn(m) for m in widths]
+    )
+    square, row = (channels, channels), (channels,)
+    shapes = (square, row, row, row, (hidden, channels), (hidden,), (channels, hidden), row, row, row)
+    operators.add_and_feed_forward(x, x, [torch.randn(shape) for shape in shapes], 1e-5, 1e-5)
+    return 2
 
 
 def random_arguments(

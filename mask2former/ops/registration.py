@@ -225,3 +225,28 @@ def _fake_binary_masks(
         maps.new_empty(count, columns, dtype=torch.bool),
         maps.new_empty(count, rows, dtype=torch.bool),
     )
+
+
+# ------------------------------------------------------------------------------------------- position-wise layers
+
+
+@torch.library.register_fake("mask2former::project_positions")
+def _fake_project(x: Tensor, position: Tensor, weights: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:2], weight.shape[0]) for weight in weights]
+
+
+@torch.library.register_fake("mask2former::add_and_feed_forward")
+def _fake_feed_forward(x: Tensor, attended: Tensor, parameters: list[Tensor], eps1: float, eps2: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@register_flop_formula(torch.ops.mask2former.project_positions)
+def _project_flops(x: Sequence[int], position: Sequence[int], weights: Any, *_: Any, **__: Any) -> int:
+    """For torch's counter, from shapes: two operations for each weight and position."""
+    return 2 * math.prod(x[:2]) * sum(math.prod(weight) for weight in weights)
+
+
+@register_flop_formula(torch.ops.mask2former.add_and_feed_forward)
+def _feed_forward_flops(x: Sequence[int], attended: Sequence[int], parameters: Any, *_: Any, **__: Any) -> int:
+    """Likewise; parameters that are no matrices take none."""
+    return 2 * math.prod(x[:2]) * sum(math.prod(shape) for shape in parameters if len(shape) == 2)

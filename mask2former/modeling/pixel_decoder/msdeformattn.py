@@ -22,7 +22,7 @@ from ..checkpointing import LayerCheckpointing
 from ..position_encoding import PositionEmbeddingSine
 from ..precision import is_autocast_to_bfloat16
 from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv, pyramid_arguments
-from .position_wise import add_and_feed_forward, project
+from .position_wise import add_and_feed_forward, is_fast, project
 
 __all__ = ["MSDeformAttnPixelDecoder"]
 
@@ -49,7 +49,7 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        if torch.is_grad_enabled() and _is_plain_cpu(x) and self._is_plain():
+        if _is_plain_cpu(x) and is_fast(x) and self._is_plain():
             return self._position_wise(x, position, reference_points, spatial_shapes)
         chunks = _chunks(x)
         if torch.is_grad_enabled() or _has_hooks(self.self_attn):

@@ -1,9 +1,9 @@
-"""What an encoder layer does with each position by itself, with gradients, on a CPU.
+"""What an encoder layer does with each position by itself, on a CPU.
 
 The same as its modules do, gradients too, but for rounding. Some positions at a time go through all parts, so that what
 is made of them stays in the cache, in memory that is used again, and gradients of weights are added up where they are.
 Of a sum and its norm only the sum is kept for gradients, and nothing of hidden features, by far the largest part: they
-are made again.
+are made again. Where no gradients are asked for, compiled kernels do it.
 
 Letters: ``B`` batch, ``S`` positions, ``C`` channels, ``F`` hidden features, ``n`` positions of a chunk.
 """
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["CHUNK_ROWS", "add_and_feed_forward", "project"]
+from ...ops import KERNELS
+
+__all__ = ["CHUNK_ROWS", "add_and_feed_forward", "is_fast", "project"]
 
 # Positions; with 1024 hidden features 8 MB in float32. Products for gradients of weights are faster with more of them.
 CHUNK_ROWS = 2048
@@ -35,7 +37,10 @@ def project(
     Returns:
         a tensor (B, S, ...) of each layer.
     """
-    return _Project.apply(x, position.expand_as(x), *_parameters(of_content, *of_places))
+    parameters = _parameters(of_content, *of_places)
+    if _have_kernels(x):
+        return tuple(torch.ops.mask2former.project_positions(x, position, parameters[::2], parameters[1::2]))
+    return _Project.apply(x, position.expand_as(x), *parameters)
 
 
 def add_and_feed_forward(
@@ -56,7 +61,20 @@ def add_and_feed_forward(
         (B, S, C).
     """
     eps = (norms[0].eps, norms[1].eps)
+    if _have_kernels(x):
+        in_order = _parameters(output_layer, norms[0], *feed_forward, norms[1])
+        result: Tensor = torch.ops.mask2former.add_and_feed_forward(x, attended, in_order, *eps)
+        return result
     return _AddAndFeedForward.apply(x, attended, eps, *_parameters(output_layer, *norms, *feed_forward))
+
+
+def is_fast(x: Tensor) -> bool:
+    """Whether these functions are faster than modules of a layer are on some positions at a time."""
+    return torch.is_grad_enabled() or _have_kernels(x)
+
+
+def _have_kernels(x: Tensor) -> bool:
+    return "cpu" in KERNELS and x.dtype == torch.float32 and not torch.is_grad_enabled()
 
 
 class _Pair(NamedTuple):

@@ -6,6 +6,7 @@
 
 #include "../ms_deform_attn.h"
 #include "mask_strip.h"
+#include "position_wise.h"
 
 namespace mask2former {
 namespace cpu {
@@ -55,6 +56,7 @@ struct Kernels {
   // At last, the gradients of sampling and attention of rows [first, last).
   void (*sampling_backward)(const Problem&, const Gradients&, int64_t first, int64_t last, void* workspace);
   MaskKernels masks;
+  PositionWiseKernels position_wise;
 };
 
 // Those of the best capability that CPU and torch have.
