@@ -44,16 +44,16 @@ class CrossAttentionLayer(nn.Module):
         self.pre_norm = pre_norm
         initialize_matrices(self)
 
-    def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, query_position: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Map queries (B, Q, C) to (B, Q, C).
 
         Args:
             x: (B, Q, C); query_position: (B, Q, C).
-            memory: (B, S, C); position: (1, S, C), added to the keys and not to the values.
+            key: (B, S, C), cells with their positions; value: (B, S, C), without.
             bias: (B, 1, Q, S), 0 where a query may attend and -inf where it may not.
         """
         query = (self.norm(x) if self.pre_norm else x) + query_position
-        x = x + self.multihead_attn(query, memory + position, memory, bias)
+        x = x + self.multihead_attn(query, key, value, bias)
         return x if self.pre_norm else self.norm(x)
 
 

@@ -110,7 +110,7 @@ class MultiScaleMaskedTransformerDecoder(RenamesOldWeights, LayerCheckpointing):
                 f"{1 if isinstance(maps, Tensor) else len(maps)}: set MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE to "
                 '"multi_scale_pixel_decoder"'
             )
-        memories, positions = self._flatten(maps)
+        keys, values = self._flatten(maps)
         level_features = [resize_mask_features(mask_features, x.shape[-2:]) for x in maps]
         batch = mask_features.shape[0]
         query_position = self.query_embed.weight[None].expand(batch, -1, -1)
@@ -121,7 +121,7 @@ class MultiScaleMaskedTransformerDecoder(RenamesOldWeights, LayerCheckpointing):
         for index in range(len(self.transformer_ffn_layers)):
             level = index % NUM_FEATURE_LEVELS
             bias = masked_attention_bias(mask_embeddings, level_features[level])
-            x = self.run_layer(self._layer, index, x, query_position, memories[level], positions[level], bias)
+            x = self.run_layer(self._layer, index, x, query_position, keys[level], values[level], bias)
             class_logits, mask_embeddings = self._predict(x)
             predictions.append((class_logits, mask_embeddings))
         return Predictions(
@@ -130,22 +130,21 @@ class MultiScaleMaskedTransformerDecoder(RenamesOldWeights, LayerCheckpointing):
             mask_features=mask_features,
         )
 
-    def _layer(
-        self, index: int, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor, bias: Tensor
-    ) -> Tensor:
+    def _layer(self, index: int, x: Tensor, query_position: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Queries (B, Q, C) behind a layer; the other arguments are those of ``CrossAttentionLayer``."""
-        x = self.transformer_cross_attention_layers[index](x, query_position, memory, position, bias)
+        x = self.transformer_cross_attention_layers[index](x, query_position, key, value, bias)
         x = self.transformer_self_attention_layers[index](x, query_position)
         return self.transformer_ffn_layers[index](x)
 
     def _flatten(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Memory (B, H_l*W_l, C) and its position embedding (1, H_l*W_l, C) of each level."""
-        memories = []
-        positions = []
+        """What the layers of each level attend to: cells with and without their positions, (B, H_l*W_l, C) each."""
+        keys = []
+        values = []
         for projection, embedding, x in zip(self.input_proj, self.level_embed.weight, maps, strict=True):
-            memories.append(projection(x).flatten(2).transpose(1, 2) + embedding)
-            positions.append(self.pe_layer(x.shape[-2], x.shape[-1], x.device).flatten(2).transpose(1, 2))
-        return memories, positions
+            values.append(projection(x).flatten(2).transpose(1, 2) + embedding)
+            position = self.pe_layer(x.shape[-2], x.shape[-1], x.device).flatten(2).transpose(1, 2)
+            keys.append(values[-1] + position)
+        return keys, values
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (B, Q, K+1) and mask embeddings (B, Q, mask_dim) of queries (B, Q, C)."""
