@@ -45,7 +45,8 @@ class Problem:
         self.maps = (4 * maps).round() / 4 + 1 / 32
         self.low, self.high = torch.randint(map_rows, (2, rows), generator=generator)
         self.share = torch.randint(4, (rows,), generator=generator) / 4
-        self.class_probabilities = torch.rand(classes, masks, generator=generator)
+        # Nearly the same for all classes, or of few classes that kernels take apart from those that can't be the best.
+        self.class_probabilities = torch.rand(classes, masks, generator=generator) ** (40 if seed % 2 else 1)
         self.rivals = torch.randperm(masks, generator=generator)[: (masks + 1) // 2]
         self.scores = torch.rand(len(self.rivals), generator=generator)
         self.instances = torch.randint(masks, (instances,), generator=generator)
@@ -127,8 +128,21 @@ def usual(**others: int) -> Problem:
     return Problem(**{**sizes, **others})
 
 
-def test_usual_sizes() -> None:
-    assert_equals_plain(usual())
+@pytest.mark.parametrize("seed", [0, 1])
+def test_usual_sizes(seed: int) -> None:
+    assert_equals_plain(usual(seed=seed))
+
+
+def test_a_class_may_be_the_best_in_one_pixel_of_a_thousand() -> None:
+    """Though another one is nearly everywhere, and more are nowhere."""
+    logits = torch.full((3, 20, 50), -9.0)
+    logits[0] = 9
+    logits[:2, 7, 31] = logits.new_tensor([-9, 9])
+    probabilities = torch.tensor([[0, 0, 0.9], [0.9, 0, 0], [0, 0.5, 0], [0.1, 0.4, 0.1]])
+    labels = MaskStrip.whole(logits).class_labels(probabilities)
+    expected = torch.ones_like(labels)
+    expected[7, 31] = 2
+    assert torch.equal(labels, expected)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -239,6 +253,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "classes of other masks": (
         lambda o: o.class_labels(maps(), rows(), rows(), share(), torch.ones(4, 2)),
         r"class_probabilities must be \(K, N\) with N 3",
+    ),
+    "classes less likely than not at all": (
+        lambda o: o.class_labels(maps(), rows(), rows(), share(), -torch.ones(4, 3)),
+        "class_probabilities must be 0 or more, but has -1",
     ),
     "scores of another size": (
         lambda o: o.class_scores(maps(), rows(), rows(), share(), torch.ones(4, 3), torch.ones(4, 2, 5)),

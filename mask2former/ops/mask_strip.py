@@ -86,7 +86,7 @@ class MaskStrip:
         """Each mask gives its probability to its classes (MaskFormer, section 3.4).
 
         Args:
-            class_probabilities: (K, N).
+            class_probabilities: (K, N), 0 or more.
             scores: (K, R, W) of which rows are contiguous, to be written.
         """
         if self._has_kernel(class_probabilities):
@@ -99,7 +99,11 @@ class MaskStrip:
             torch.mm(class_probabilities, probabilities, out=scores.flatten(1))
 
     def class_labels(self, class_probabilities: Tensor) -> Tensor:
-        """The best classes (R, W), int32, of what :meth:`write_class_scores` would write."""
+        """The best classes (R, W), int32, of what :meth:`write_class_scores` would write.
+
+        Kernels make the scores of those classes alone that can be the best one somewhere in a few pixels: most classes
+        aren't in most pictures.
+        """
         if self._has_kernel(class_probabilities):
             labels: Tensor = torch.ops.mask2former.class_labels(*self._parts, class_probabilities)
             return labels

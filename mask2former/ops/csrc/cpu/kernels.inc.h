@@ -12,6 +12,7 @@ namespace MASK2FORMER_CAPABILITY {
 namespace {
 
 #include "numbers.inc.h"
+#include "arena.inc.h"
 #include "mask_strip.inc.h"
 #include "position_wise.inc.h"
 
@@ -21,18 +22,6 @@ constexpr int64_t FEWEST_SAMPLES = 384;
 // How many queries ahead the gradient of value asks for what it reads: a head's share of one query lies too far from
 // that of the next for the CPU to guess.
 constexpr int64_t QUERIES_AHEAD = 16;
-
-constexpr size_t ALIGNMENT = 64;
-
-struct Arena {
-  uint64_t next;  // address
-  template <typename T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(next);
-    next += (size_t(count) * sizeof(T) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    return taken;
-  }
-};
 
 // A whole number of vectors.
 int64_t padded(int64_t samples) {

@@ -23,13 +23,14 @@ struct Tile {
 };
 constexpr int64_t TILE_COLUMNS = 64;  // of 100 masks in float32, 25 KB: the first cache holds them
 
-// The class probabilities of the masks, (K, N), in the order that the kernels read: CLASSES_TOGETHER classes of a mask
-// side by side, then those of the next mask; zeros where there are no more classes.
+// The class probabilities of the masks, none below 0, in both orders. `of_masks` has zeros up to a whole number of
+// CLASSES_PADDED classes.
 struct ClassProbabilities {
-  int64_t classes;
-  const float* packed;
+  int64_t classes, padded;
+  const float* of_classes;  // (K, N)
+  const float* of_masks;    // (N, padded)
 };
-constexpr int64_t CLASSES_TOGETHER = 6;
+constexpr int64_t CLASSES_PADDED = 16;
 
 // Masks that compete for pixels.
 struct Rivals {
@@ -54,13 +55,14 @@ struct BinaryMasks {
   uint8_t* in_rows;       // (N, R)
 };
 
-// `workspace` has TILE_COLUMNS floats a mask, aligned to 64, and belongs to one thread.
+// `workspace` has workspace_size() bytes, aligned to 64, and belongs to one thread.
 struct MaskKernels {
+  size_t (*workspace_size)(const MaskStrip&, const ClassProbabilities&);
   // labels (R, W): the first of the best classes.
-  void (*class_labels)(const MaskStrip&, const Tile&, const ClassProbabilities&, int32_t* labels, float* workspace);
+  void (*class_labels)(const MaskStrip&, const Tile&, const ClassProbabilities&, int32_t* labels, void* workspace);
   // scores (K, R, W), W contiguous, with distances in elements between classes and between rows.
   void (*class_scores)(const MaskStrip&, const Tile&, const ClassProbabilities&, float* scores, int64_t class_stride,
-                       int64_t row_stride, float* workspace);
+                       int64_t row_stride, void* workspace);
   void (*winners)(const MaskStrip&, const Tile&, const Rivals&);
   void (*binary_masks)(const MaskStrip&, const Tile&, const BinaryMasks&);
 };

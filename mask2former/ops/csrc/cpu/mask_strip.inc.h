@@ -31,56 +31,144 @@ MASK2FORMER_INLINE Vector<float> probability_of(Vector<float> logit) {
 
 // ------------------------------------------------------------------------------------------- classes
 
-// How many vectors of pixels a product goes over at a time: with the sums of CLASSES_TOGETHER classes, what registers
-// hold.
+// How many vectors of pixels and how many classes a product goes over at a time: as many sums as registers hold.
 constexpr int PRODUCT_VECTORS = MASK2FORMER_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int PRODUCT_CLASSES = 6;
 
-// Sums over the masks of class probability times mask probability, for a group of classes. `probabilities` (N,
-// TILE_COLUMNS) begins at the first of the pixels.
-MASK2FORMER_INLINE void product_of_group(const float* packed, const float* probabilities, int64_t masks,
-                                         Vector<float> (*sums)[PRODUCT_VECTORS]) {
-  for (int k = 0; k < CLASSES_TOGETHER; ++k)
-    for (int v = 0; v < PRODUCT_VECTORS; ++v) sums[k][v] = Vector<float>{};
-  for (int64_t n = 0; n < masks; ++n, packed += CLASSES_TOGETHER, probabilities += TILE_COLUMNS) {
-    Vector<float> pixels[PRODUCT_VECTORS];
-    for (int v = 0; v < PRODUCT_VECTORS; ++v) pixels[v] = load<Vector<float>>(probabilities + v * width_of<float>());
-    for (int k = 0; k < CLASSES_TOGETHER; ++k)
-      for (int v = 0; v < PRODUCT_VECTORS; ++v) sums[k][v] += packed[k] * pixels[v];
+// Memory of one thread for one row of a tile after the other.
+struct ProductMemory {
+  float* probabilities;  // (N, TILE_COLUMNS) of the masks
+  float* lowest;         // (padded) bounds of the classes' scores
+  float* highest;        // (padded)
+  int64_t* candidates;   // (K)
+};
+
+ProductMemory make_product_memory(const MaskStrip& strip, const ClassProbabilities& classes, Arena& arena) {
+  ProductMemory memory;
+  memory.probabilities = arena.take<float>(strip.masks * TILE_COLUMNS);
+  memory.lowest = arena.take<float>(classes.padded);
+  memory.highest = arena.take<float>(classes.padded);
+  memory.candidates = arena.take<int64_t>(classes.classes);
+  return memory;
+}
+
+ProductMemory make_product_memory(const MaskStrip& strip, const ClassProbabilities& classes, void* workspace) {
+  Arena arena{reinterpret_cast<uint64_t>(workspace)};
+  return make_product_memory(strip, classes, arena);
+}
+
+size_t class_workspace_size(const MaskStrip& strip, const ClassProbabilities& classes) {
+  Arena arena{0};
+  make_product_memory(strip, classes, arena);
+  return size_t(arena.next);
+}
+
+void load_probabilities(const MaskStrip& strip, const Tile& tile, int64_t row, float* probabilities) {
+  for (int64_t n = 0; n < strip.masks; ++n, probabilities += TILE_COLUMNS) {
+    Vector<float> logits[TILE_VECTORS];
+    load_logits(strip, tile, n, row, logits);
+    for (int v = 0; v < TILE_VECTORS; ++v) store(probabilities + v * width_of<float>(), probability_of(logits[v]));
   }
 }
 
-// Calls function(first class, how many, sums, first of the pixels' vectors) for all classes and pixels of a row.
-template <typename Function>
-MASK2FORMER_INLINE void for_products(const MaskStrip& strip, const Tile& tile, int64_t row,
-                                     const ClassProbabilities& classes, float* workspace, Function function) {
+// Bounds of all classes' scores in the pixels of a row: what they would be if each mask had its lowest, or its highest,
+// probability in all of them.
+void bound_scores(const MaskStrip& strip, const ClassProbabilities& classes, const ProductMemory& memory,
+                  int64_t columns) {
+  constexpr int WIDTH = width_of<float>();
+  for (int64_t k = 0; k < classes.padded; ++k) memory.lowest[k] = memory.highest[k] = 0.0f;
   for (int64_t n = 0; n < strip.masks; ++n) {
-    Vector<float> logits[TILE_VECTORS];
-    load_logits(strip, tile, n, row, logits);
-    for (int v = 0; v < TILE_VECTORS; ++v)
-      store(workspace + n * TILE_COLUMNS + v * width_of<float>(), probability_of(logits[v]));
+    const float* pixels = memory.probabilities + n * TILE_COLUMNS;
+    float lowest = pixels[0], highest = pixels[0];
+    if (columns == TILE_COLUMNS) {
+      Vector<float> low = load<Vector<float>>(pixels), high = low;
+      for (int64_t x = WIDTH; x < TILE_COLUMNS; x += WIDTH) {
+        const Vector<float> next = load<Vector<float>>(pixels + x);
+        low = next < low ? next : low;
+        high = next > high ? next : high;
+      }
+      lowest = low[0], highest = high[0];
+      for (int i = 1; i < WIDTH; ++i) {
+        lowest = low[i] < lowest ? low[i] : lowest;
+        highest = high[i] > highest ? high[i] : highest;
+      }
+    } else {
+      for (int64_t x = 1; x < columns; ++x) {
+        lowest = pixels[x] < lowest ? pixels[x] : lowest;
+        highest = pixels[x] > highest ? pixels[x] : highest;
+      }
+    }
+    const float* weights = classes.of_masks + n * classes.padded;
+    for (int64_t k = 0; k < classes.padded; k += WIDTH) {
+      const Vector<float> weight = load<Vector<float>>(weights + k);
+      store(memory.lowest + k, load<Vector<float>>(memory.lowest + k) + lowest * weight);
+      store(memory.highest + k, load<Vector<float>>(memory.highest + k) + highest * weight);
+    }
   }
+}
+
+// Classes, in order, that may be the best one of a pixel: those whose score may be as high as the highest of the lowest
+// ones, and more than rounding from it. -> how many.
+int64_t find_candidates(const MaskStrip& strip, const ClassProbabilities& classes, const ProductMemory& memory,
+                        int64_t columns) {
+  bound_scores(strip, classes, memory, columns);
+  float threshold = 0.0f;
+  for (int64_t k = 0; k < classes.classes; ++k)
+    threshold = memory.lowest[k] > threshold ? memory.lowest[k] : threshold;
+  threshold *= 0.999f;
+  int64_t count = 0;
+  for (int64_t k = 0; k < classes.classes; ++k)
+    if (!(memory.highest[k] < threshold)) memory.candidates[count++] = k;  // NaN isn't less
+  return count;
+}
+
+// Scores of some classes, whose probabilities (N) are given, in some pixels. `probabilities` (N, TILE_COLUMNS) begins at
+// the first of them.
+MASK2FORMER_INLINE void product_of_group(const float* const* of_classes, const float* probabilities, int64_t masks,
+                                         Vector<float> (*sums)[PRODUCT_VECTORS]) {
+  for (int k = 0; k < PRODUCT_CLASSES; ++k)
+    for (int v = 0; v < PRODUCT_VECTORS; ++v) sums[k][v] = Vector<float>{};
+  for (int64_t n = 0; n < masks; ++n, probabilities += TILE_COLUMNS) {
+    Vector<float> pixels[PRODUCT_VECTORS];
+    for (int v = 0; v < PRODUCT_VECTORS; ++v) pixels[v] = load<Vector<float>>(probabilities + v * width_of<float>());
+    for (int k = 0; k < PRODUCT_CLASSES; ++k)
+      for (int v = 0; v < PRODUCT_VECTORS; ++v) sums[k][v] += of_classes[k][n] * pixels[v];
+  }
+}
+
+// Calls function(classes, how many, scores, first of the pixels' vectors) for all candidates and pixels of a row.
+template <typename Function>
+MASK2FORMER_INLINE void for_products(const MaskStrip& strip, const ClassProbabilities& classes,
+                                     const ProductMemory& memory, int64_t candidates, Function function) {
   for (int first = 0; first < TILE_VECTORS; first += PRODUCT_VECTORS) {
-    const float* packed = classes.packed;
-    for (int64_t k = 0; k < classes.classes; k += CLASSES_TOGETHER, packed += CLASSES_TOGETHER * strip.masks) {
-      Vector<float> sums[CLASSES_TOGETHER][PRODUCT_VECTORS];
-      product_of_group(packed, workspace + first * width_of<float>(), strip.masks, sums);
-      const int64_t rest = classes.classes - k;
-      function(k, rest < CLASSES_TOGETHER ? rest : CLASSES_TOGETHER, sums, first);
+    for (int64_t i = 0; i < candidates; i += PRODUCT_CLASSES) {
+      const float* of_classes[PRODUCT_CLASSES];
+      for (int64_t k = 0; k < PRODUCT_CLASSES; ++k) {  // the last one again where there are no more
+        const int64_t candidate = memory.candidates[i + k < candidates ? i + k : candidates - 1];
+        of_classes[k] = classes.of_classes + candidate * strip.masks;
+      }
+      Vector<float> sums[PRODUCT_CLASSES][PRODUCT_VECTORS];
+      product_of_group(of_classes, memory.probabilities + first * width_of<float>(), strip.masks, sums);
+      const int64_t rest = candidates - i;
+      function(memory.candidates + i, rest < PRODUCT_CLASSES ? rest : PRODUCT_CLASSES, sums, first);
     }
   }
 }
 
 void class_labels(const MaskStrip& strip, const Tile& tile, const ClassProbabilities& classes, int32_t* labels,
-                  float* workspace) {
+                  void* workspace) {
+  const ProductMemory memory = make_product_memory(strip, classes, workspace);
   const int64_t columns = tile.last_column - tile.first_column;
   for (int64_t row = tile.first_row; row < tile.last_row; ++row) {
+    load_probabilities(strip, tile, row, memory.probabilities);
+    const int64_t candidates = find_candidates(strip, classes, memory, columns);
     Vector<float> best[TILE_VECTORS];
     Integers<float> label[TILE_VECTORS];
     for (int v = 0; v < TILE_VECTORS; ++v) best[v] = Vector<float>{} - __builtin_inff(), label[v] = Integers<float>{};
-    for_products(strip, tile, row, classes, workspace,
-                 [&](int64_t first_class, int64_t count, const Vector<float>(*sums)[PRODUCT_VECTORS], int first) {
+    for_products(strip, classes, memory, candidates,
+                 [&](const int64_t* numbers, int64_t count, const Vector<float>(*sums)[PRODUCT_VECTORS], int first) {
                    for (int64_t k = 0; k < count; ++k) {
-                     const Integers<float> number = Integers<float>{} + int32_t(first_class + k);
+                     const Integers<float> number = Integers<float>{} + int32_t(numbers[k]);
                      for (int v = 0; v < PRODUCT_VECTORS; ++v) {
                        const Integers<float> better = sums[k][v] > best[first + v];
                        best[first + v] = better ? sums[k][v] : best[first + v];
@@ -93,18 +181,21 @@ void class_labels(const MaskStrip& strip, const Tile& tile, const ClassProbabili
 }
 
 void class_scores(const MaskStrip& strip, const Tile& tile, const ClassProbabilities& classes, float* scores,
-                  int64_t class_stride, int64_t row_stride, float* workspace) {
+                  int64_t class_stride, int64_t row_stride, void* workspace) {
   constexpr int64_t TOGETHER = PRODUCT_VECTORS * width_of<float>();
+  const ProductMemory memory = make_product_memory(strip, classes, workspace);
   const int64_t columns = tile.last_column - tile.first_column;
+  for (int64_t k = 0; k < classes.classes; ++k) memory.candidates[k] = k;
   for (int64_t row = tile.first_row; row < tile.last_row; ++row) {
     float* const to = scores + row * row_stride + tile.first_column;
-    for_products(strip, tile, row, classes, workspace,
-                 [&](int64_t first_class, int64_t count, const Vector<float>(*sums)[PRODUCT_VECTORS], int first) {
+    load_probabilities(strip, tile, row, memory.probabilities);
+    for_products(strip, classes, memory, classes.classes,
+                 [&](const int64_t* numbers, int64_t count, const Vector<float>(*sums)[PRODUCT_VECTORS], int first) {
                    const int64_t column = first * width_of<float>(), left = columns - column;
                    if (left <= 0) return;
                    const size_t bytes = size_t(left < TOGETHER ? left : TOGETHER) * sizeof(float);
                    for (int64_t k = 0; k < count; ++k)
-                     __builtin_memcpy(to + (first_class + k) * class_stride + column, sums[k], bytes);
+                     __builtin_memcpy(to + numbers[k] * class_stride + column, sums[k], bytes);
                  });
   }
 }
@@ -199,4 +290,4 @@ void binary_masks(const MaskStrip& strip, const Tile& tile, const BinaryMasks& b
   }
 }
 
-constexpr MaskKernels MASK_KERNELS{class_labels, class_scores, winners, binary_masks};
+constexpr MaskKernels MASK_KERNELS{class_workspace_size, class_labels, class_scores, winners, binary_masks};

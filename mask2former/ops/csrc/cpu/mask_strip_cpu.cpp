@@ -83,36 +83,40 @@ void for_tiles(const MaskStrip& strip, size_t workspace_bytes, Function function
   });
 }
 
-struct PackedProbabilities {
-  PackedProbabilities(const Tensor& probabilities, int64_t masks) {
+struct ProbabilityArguments {
+  ProbabilityArguments(const Tensor& probabilities, int64_t masks) {
     check_type(probabilities, at::kFloat, 2, "class_probabilities");
     TORCH_CHECK(probabilities.size(1) == masks, "class_probabilities must be (K, N) with N ", masks,
                 ", but has shape ", probabilities.sizes());
-    const Tensor contiguous = probabilities.contiguous();
-    const float* from = contiguous.const_data_ptr<float>();
+    of_classes = probabilities.contiguous();
     classes.classes = probabilities.size(0);
-    numbers.resize(divide_up(classes.classes, CLASSES_TOGETHER) * CLASSES_TOGETHER * masks);
+    classes.padded = divide_up(classes.classes, CLASSES_PADDED) * CLASSES_PADDED;
+    classes.of_classes = of_classes.const_data_ptr<float>();
+    of_masks.resize(masks * classes.padded);
     for (int64_t k = 0; k < classes.classes; ++k)
-      for (int64_t n = 0; n < masks; ++n)
-        numbers[(k / CLASSES_TOGETHER * masks + n) * CLASSES_TOGETHER + k % CLASSES_TOGETHER] = *from++;
-    classes.packed = numbers.data();
+      for (int64_t n = 0; n < masks; ++n) {
+        const float probability = classes.of_classes[k * masks + n];
+        TORCH_CHECK(!(probability < 0), "class_probabilities must be 0 or more, but has ", probability);
+        of_masks[n * classes.padded + k] = probability;
+      }
+    classes.of_masks = of_masks.data();
   }
 
-  std::vector<float> numbers;
+  Tensor of_classes;
+  std::vector<float> of_masks;
   ClassProbabilities classes = {};
 };
-
-size_t product_workspace(const MaskStrip& strip) { return size_t(strip.masks * TILE_COLUMNS) * sizeof(float); }
 
 Tensor class_labels(const Tensor& maps, const Tensor& low, const Tensor& high, const Tensor& share,
                     const Tensor& class_probabilities) {
   const StripArguments arguments(maps, low, high, share);
   const MaskStrip& strip = arguments.strip;
-  const PackedProbabilities packed(class_probabilities, strip.masks);
+  const ProbabilityArguments probabilities(class_probabilities, strip.masks);
+  const ClassProbabilities& classes = probabilities.classes;
   Tensor labels = at::empty({strip.rows, strip.columns}, maps.options().dtype(at::kInt));
   int32_t* to = labels.mutable_data_ptr<int32_t>();
-  for_tiles(strip, product_workspace(strip), [&](const Tile& tile, int, void* workspace) {
-    kernels().masks.class_labels(strip, tile, packed.classes, to, static_cast<float*>(workspace));
+  for_tiles(strip, kernels().masks.workspace_size(strip, classes), [&](const Tile& tile, int, void* workspace) {
+    kernels().masks.class_labels(strip, tile, classes, to, workspace);
   });
   return labels;
 }
@@ -121,16 +125,16 @@ void class_scores(const Tensor& maps, const Tensor& low, const Tensor& high, con
                   const Tensor& class_probabilities, const Tensor& scores) {
   const StripArguments arguments(maps, low, high, share);
   const MaskStrip& strip = arguments.strip;
-  const PackedProbabilities packed(class_probabilities, strip.masks);
+  const ProbabilityArguments probabilities(class_probabilities, strip.masks);
+  const ClassProbabilities& classes = probabilities.classes;
   check_type(scores, at::kFloat, 3, "scores");
-  TORCH_CHECK(scores.size(0) == packed.classes.classes && scores.size(1) == strip.rows &&
+  TORCH_CHECK(scores.size(0) == classes.classes && scores.size(1) == strip.rows &&
                   scores.size(2) == strip.columns && (scores.stride(2) == 1 || strip.columns <= 1),
-              "scores must be (K, R, W) with ", packed.classes.classes, ", ", strip.rows, " and ", strip.columns,
+              "scores must be (K, R, W) with ", classes.classes, ", ", strip.rows, " and ", strip.columns,
               " and have contiguous rows, but has shape ", scores.sizes(), " and strides ", scores.strides());
   float* to = scores.mutable_data_ptr<float>();
-  for_tiles(strip, product_workspace(strip), [&](const Tile& tile, int, void* workspace) {
-    kernels().masks.class_scores(strip, tile, packed.classes, to, scores.stride(0), scores.stride(1),
-                                 static_cast<float*>(workspace));
+  for_tiles(strip, kernels().masks.workspace_size(strip, classes), [&](const Tile& tile, int, void* workspace) {
+    kernels().masks.class_scores(strip, tile, classes, to, scores.stride(0), scores.stride(1), workspace);
   });
 }
 
