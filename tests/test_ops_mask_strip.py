@@ -158,7 +158,7 @@ def test_other_capabilities(capability: str) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == {"default": "DEFAULT", "avx2": "AVX2"}[capability]
+    assert done.stdout.strip() in {"default": ("DEFAULT", "NO AVX"), "avx2": ("AVX2",)}[capability]  # as torch is old
 
 
 def test_results_are_the_same_whatever_the_threads() -> None:
