@@ -123,6 +123,34 @@ def test_hidden_features_and_sums_with_positions_are_not_kept(monkeypatch: pytes
     assert sorted(widths) == [1, 1, CHANNELS, CHANNELS, CHANNELS]
 
 
+def test_gradients_of_gradients() -> None:
+    layer, inputs = make_layer(), make_inputs()
+
+    def penalty(function: Callable[..., Tensor]) -> list[Tensor]:
+        output = function(layer, *inputs)
+        first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        total = sum(gradient.square().sum() for gradient in first)
+        return [*first, *torch.autograd.grad(total, [*inputs, *layer.parameters()], allow_unused=True)]
+
+    torch.testing.assert_close(penalty(in_chunks), penalty(formula), rtol=1e-8, atol=1e-8)
+
+
+def test_transforms_take_the_modules(used: list[str]) -> None:
+    layer, (x, position) = make_layer(), make_inputs()
+    x, position = x.detach(), position.detach()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x, position, centres(x), SHAPES)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, None])
+    assert not used
+    for index in range(2):
+        output = in_chunks(layer, x[index : index + 1], position).square().sum()
+        expected = torch.autograd.grad(output, list(parameters.values()))
+        torch.testing.assert_close([gradient[index] for gradient in found.values()], list(expected))
+
+
 def with_hook(layer: MSDeformAttnTransformerEncoderLayer) -> None:
     layer.linear1.register_forward_hook(lambda module, inputs, output: output * 2)
 

@@ -122,7 +122,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_plain_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Whether it is on a CPU, and no compiler, tracer or transform of torch.func follows what becomes of it."""
+    return x.device.type == "cpu" and not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    )
 
 
 class MSDeformAttnTransformerEncoder(LayerCheckpointing):

@@ -8,13 +8,13 @@ are made again. Where no gradients are asked for, compiled kernels do it.
 Letters: ``B`` batch, ``S`` positions, ``C`` channels, ``F`` hidden features, ``n`` positions of a chunk.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...ops import KERNELS
 
@@ -65,7 +65,7 @@ def add_and_feed_forward(
         in_order = _parameters(output_layer, norms[0], *feed_forward, norms[1])
         result: Tensor = torch.ops.mask2former.add_and_feed_forward(x, attended, in_order, *eps)
         return result
-    return _AddAndFeedForward.apply(x, attended, eps, *_parameters(output_layer, *norms, *feed_forward))
+    return _AddAndFeedForward.apply(eps, x, attended, *_parameters(output_layer, *norms, *feed_forward))
 
 
 def is_fast(x: Tensor) -> bool:
@@ -122,8 +122,9 @@ class _Project(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(_project_plainly, ctx.saved_tensors, ctx.needs_input_grad, grads)
         x, position, *parameters = ctx.saved_tensors
         content, offsets, weights = (layer.weight for layer in _pairs(parameters))
         sums = _zeros(parameters, ctx.needs_input_grad[2:])
@@ -141,7 +142,7 @@ class _Project(torch.autograd.Function):
 
 class _AddAndFeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, attended: Tensor, eps: Sequence[float], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, eps: Sequence[float], x: Tensor, attended: Tensor, *parameters: Tensor) -> Tensor:
         parts = _Parts(*_pairs(parameters))
         sum1, sum2, normed = (x.new_empty(x.shape) for _ in range(3))
         mean, rstd = (x.new_empty(*x.shape[:2], 1) for _ in range(2))  # of sum2
@@ -155,13 +156,17 @@ class _AddAndFeedForward(torch.autograd.Function):
             result = torch.native_layer_norm(sum2[chunk], x.shape[2:], *parts.norm2, eps[1])
             normed[chunk], mean[chunk], rstd[chunk] = result
         ctx.eps = eps
-        ctx.save_for_backward(attended, sum1, sum2, mean, rstd, *parameters)
+        # x, which the layer's attention keeps, too, is for gradients of gradients alone.
+        ctx.save_for_backward(sum1, sum2, mean, rstd, x, attended, *parameters)
         return normed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        attended, sum1, sum2, mean, rstd, *parameters = ctx.saved_tensors
+        sum1, sum2, mean, rstd, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = functools.partial(_add_and_feed_forward_plainly, ctx.eps)
+            return None, *_differentiable_gradients(plain, inputs, ctx.needs_input_grad[1:], grad)
+        _, attended, *parameters = inputs
         parts, all_sums = _Parts(*_pairs(parameters)), _zeros(parameters, ctx.needs_input_grad[3:])
         sums = _Parts(*_pairs(all_sums))
         grad_x, grad_attended = sum1.new_empty(sum1.shape), sum1.new_empty(sum1.shape)
@@ -179,7 +184,29 @@ class _AddAndFeedForward(torch.autograd.Function):
             _add_gradients(sums.output, attended[chunk], grad1)
             torch.mm(grad1, parts.output.weight, out=grad_attended[chunk])
             grad_x[chunk] = grad1
-        return grad_x, grad_attended, None, *all_sums
+        return None, grad_x, grad_attended, *all_sums
+
+
+def _project_plainly(x: Tensor, position: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    rows = (x, x + position, x + position)
+    return tuple(F.linear(some, *layer) for some, layer in zip(rows, _pairs(parameters), strict=True))
+
+
+def _add_and_feed_forward_plainly(eps: Sequence[float], x: Tensor, attended: Tensor, *parameters: Tensor) -> Tensor:
+    parts, width = _Parts(*_pairs(parameters)), x.shape[2:]
+    normed1 = F.layer_norm(x + F.linear(attended, *parts.output), width, *parts.norm1, eps[0])
+    changes = F.linear(F.relu(F.linear(normed1, *parts.linear1)), *parts.linear2)
+    return F.layer_norm(normed1 + changes, width, *parts.norm2, eps[1])
+
+
+def _differentiable_gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor], needed: Sequence[bool], grads: Any
+) -> tuple[Tensor | None, ...]:
+    """Gradients of those inputs that need one, which torch can differentiate again; that is rarely asked for."""
+    inputs = [x.view_as(x) for x in inputs]  # of which none is made of another
+    wanted = [x for x, wants in zip(inputs, needed, strict=True) if wants]
+    found = iter(torch.autograd.grad(function(*inputs), wanted, grads, create_graph=True))
+    return tuple(next(found) if wants else None for wants in needed)
 
 
 def _buffers(count: int, x: Tensor, parts: _Parts) -> Tensor:
