@@ -58,6 +58,9 @@ SIZES: tuple[dict, ...] = (
 POSITION_WISE_SIZES = ((2, 3, 1, 1), (1, 255, 16, 33), (2, 257, 15, 17), (1, 600, 64, 100), (0, 5, 8, 8), (1, 0, 8, 8))
 # Of strips: masks, rows, columns.
 STRIP_SIZES = ((1, 1, 1), (3, 8, 64), (5, 9, 65), (2, 17, 63), (100, 20, 200), (4, 0, 5), (4, 5, 0))
+# For masks at points; kernels take 256 points at a time, and 16 numbers.
+MAP_SIZES = ((2, 2), (3, 7), (20, 33))
+POINT_COUNTS = (0, 1, 15, 16, 17, 255, 256, 257, 3000)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,6 +134,31 @@ def go_through_operators(library: Path) -> int:
     for threads, sizes in itertools.product(THREADS, POSITION_WISE_SIZES):
         torch.set_num_threads(threads)
         passes += go_through_position_wise(*sizes)
+    return passes + go_through_point_operators()
+
+
+def go_through_point_operators() -> int:
+    """Call those for masks at points, likewise."""
+    operators, passes = torch.ops.mask2former, 0
+    for threads, size, rows, count in itertools.product(THREADS, MAP_SIZES, (0, 1, 5), POINT_COUNTS):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        # Parts of larger memory, each with its end at the end of it.
+        memory = torch.randn(rows, 3 + size[0] * size[1])
+        maps = memory[:, 3:].unflatten(1, size)
+        points = operators.random_points((rows, count, 2), 7) * 1.5
+        for extreme in (1e30, torch.inf, -torch.inf, torch.nan):
+            points.masked_fill_(torch.rand(points.shape) < 0.02, extreme)
+            maps.masked_fill_(torch.rand(maps.shape) < 0.01, extreme)
+        index = torch.arange(rows).flip(0)
+        operators.sample_points(maps > 0, points, index)
+        values = operators.sample_points(maps, points, None)
+        grad = operators.loss_sums_backward(operators.loss_sums(values, points[..., 0].contiguous()), values, values)
+        operators.loss_sums(values, None)
+        for kept in (0, 1, count):
+            operators.draw_nearest_to_zero(maps, 2 * count + 1, 7, points[:, :kept], values[:, :kept])
+        operators.spread_points(grad, points, maps)
+        passes += 1
     return passes
 
 

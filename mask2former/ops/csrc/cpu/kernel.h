@@ -6,6 +6,7 @@
 
 #include "../ms_deform_attn.h"
 #include "mask_strip.h"
+#include "points.h"
 #include "position_wise.h"
 
 namespace mask2former {
@@ -56,6 +57,7 @@ struct Kernels {
   // At last, the gradients of sampling and attention of rows [first, last).
   void (*sampling_backward)(const Problem&, const Gradients&, int64_t first, int64_t last, void* workspace);
   MaskKernels masks;
+  PointKernels points;
   PositionWiseKernels position_wise;
 };
 

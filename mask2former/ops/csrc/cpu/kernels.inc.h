@@ -14,6 +14,7 @@ namespace {
 #include "numbers.inc.h"
 #include "arena.inc.h"
 #include "mask_strip.inc.h"
+#include "points.inc.h"
 #include "position_wise.inc.h"
 
 // The gradient of value finds corners of at least as many samples at a time.
@@ -658,8 +659,8 @@ void sampling_backward(const Problem& problem, const Gradients& gradients, int64
 
 #undef MASK2FORMER_FOR_TYPE
 
-constexpr Kernels KERNELS{workspace_size,    forward,      place_samples,        value_backward,
-                          sampling_backward, MASK_KERNELS, POSITION_WISE_KERNELS};
+constexpr Kernels KERNELS{workspace_size,    forward,      place_samples, value_backward,
+                          sampling_backward, MASK_KERNELS, POINT_KERNELS, POSITION_WISE_KERNELS};
 
 }  // namespace
 }  // namespace MASK2FORMER_CAPABILITY

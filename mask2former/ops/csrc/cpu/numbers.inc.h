@@ -158,23 +158,30 @@ MASK2FORMER_INLINE Quad<T> four_sums(const T* numbers) {
   return load<Quad<T>>(numbers);
 }
 
-// exp(x) for x <= 0, within 2 units in the last place.
-MASK2FORMER_INLINE Vector<float> exp_of_negative(Vector<float> x) {
-  const Vector<float> clamped = x < -87.0f ? Vector<float>{} - 87.0f : x;
-  const Vector<float> shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the last bits are a rounded integer
-  const Vector<float> power = shifted - 12582912.0f;
-  const Vector<float> rest = (clamped - power * 0.693145752f) - power * 1.42860677e-6f;  // within +-log(2) / 2
-  Vector<float> series = rest * (1.0f / 5040) + 1.0f / 720;
+// exp(x) for -87 <= x <= 0, within 2 units in the last place, of a number or a vector and its bits.
+template <typename Bits, typename Number>
+MASK2FORMER_INLINE Number exp_in_range(Number x) {
+  const Number shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the last bits are a rounded integer
+  const Number power = shifted - 12582912.0f;
+  const Number rest = (x - power * 0.693145752f) - power * 1.42860677e-6f;  // within +-log(2) / 2
+  Number series = rest * (1.0f / 5040) + 1.0f / 720;
   series = series * rest + 1.0f / 120;
   series = series * rest + 1.0f / 24;
   series = series * rest + 1.0f / 6;
   series = series * rest + 0.5f;
   series = series * rest + 1.0f;
   series = series * rest + 1.0f;
-  const Vector<float> scale = (Vector<float>)(((Bits32)shifted - 0x4b400000u + 127u) << 23);
-  const Vector<float> product = series * scale;
+  return series * bit_cast<Number>((bit_cast<Bits>(shifted) - 0x4b400000u + 127u) << 23);
+}
+
+// exp(x) for x <= 0.
+MASK2FORMER_INLINE Vector<float> exp_of_negative(Vector<float> x) {
+  const Vector<float> product = exp_in_range<Bits32>(x < -87.0f ? Vector<float>{} - 87.0f : x);
   return x == x ? (x < -87.0f ? Vector<float>{} : product) : x;
 }
+
+// The same, but at least 1.6e-38.
+MASK2FORMER_INLINE float exp_of_negative(float x) { return exp_in_range<uint32_t>(x < -87.0f ? -87.0f : x); }
 
 // The same of `count` numbers in place.
 MASK2FORMER_INLINE void exp_of_negative(float* numbers, int64_t count) {
