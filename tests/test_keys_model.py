@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mask2former.errors import UserError
 from mask2former.modeling import criterion as criterion_module
 from mask2former.modeling import precision
-from mask2former.modeling.points import sample_points
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
@@ -56,10 +55,10 @@ def test_points_of_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
         losses(build({f"{M}TRAIN_NUM_POINTS": 50, **values}))
         return float(np.mean([logits.abs().mean().item() for logits in drawn]))
 
-    def record(mask_logits: Tensor, *settings: Any) -> Tensor:
-        points = choose(mask_logits, *settings)
-        drawn.append(sample_points(mask_logits, points))
-        return points
+    def record(mask_logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+        points, logits = choose(mask_logits, *settings)
+        drawn.append(logits)
+        return points, logits
 
     choose = criterion_module.uncertain_points
     monkeypatch.setattr(criterion_module, "uncertain_points", record)

@@ -12,10 +12,18 @@ from tiny_nuclei_model import build_tiny_model
 from torch import Tensor
 
 from mask2former.modeling import HungarianMatcher, Predictions, SetCriterion
+from mask2former.modeling import matcher as matcher_module
 from mask2former.modeling import points as points_module
-from mask2former.modeling.losses import cross_entropy_cost, cross_entropy_loss, dice_cost, dice_loss
-from mask2former.modeling.points import mask_logits_at_chosen_points, sample_masks, sample_points, uncertain_points
+from mask2former.modeling.losses import cross_entropy_cost, cross_entropy_loss, dice_cost, dice_loss, losses_of_sums
+from mask2former.modeling.points import (
+    loss_sums_at_chosen_points,
+    sample_features,
+    sample_masks,
+    sample_points,
+    uncertain_points,
+)
 from mask2former.modeling.targets import Targets, prepare_targets
+from mask2former.ops import extension
 
 K, Q, C = 3, 6, 8
 
@@ -67,10 +75,10 @@ def test_masks_at_points_equal_points_of_masks() -> None:
     predictions = random_predictions()
     points = torch.rand(30, 2) * 2.4 - 1.2  # some outside
     for image in range(2):
-        for layer, at_points in enumerate(predictions.mask_logits_at(image, points)):
-            torch.testing.assert_close(
-                at_points, sample_points(predictions.mask_logits(layer, image), points), atol=1e-4, rtol=1e-4
-            )
+        parts = list(predictions.mask_logits_at(image, points))
+        expected = [sample_points(predictions.mask_logits(layer, image), points) for layer in range(2)]
+        torch.testing.assert_close(torch.cat([x for _, x in parts]), torch.stack(expected), atol=1e-4, rtol=1e-4)
+        assert [layer for layers, _ in parts for layer in range(2)[layers]] == [0, 1]
 
 
 def test_points_are_read_as_in_point_rend() -> None:
@@ -78,35 +86,66 @@ def test_points_are_read_as_in_point_rend() -> None:
     expected = point_sample(maps[:, None], points, align_corners=False)[:, 0]
     torch.testing.assert_close(sample_points(maps, 2 * points - 1), expected)
     torch.testing.assert_close(sample_points(maps, 2 * points[1] - 1)[1], expected[1])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        features = maps[None].contiguous(memory_format=layout)[0]
+        torch.testing.assert_close(sample_features(features, 2 * points[1] - 1)[1], expected[1])
     masks = maps > 0
     expected = point_sample(masks[:, None].float(), points, align_corners=False)[:, 0]
     torch.testing.assert_close(sample_masks(masks, 2 * points - 1), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("values_at_a_time", [1, 3 * 72, 1 << 22])
-def test_gradients_at_chosen_points_are_those_of_whole_masks(
-    channels_last: bool, values_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("values_at_a_time", [1, 5 * 72, 1 << 22])
+def test_losses_at_chosen_points_are_those_of_whole_masks(
+    values_at_a_time: int, channels_last: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Their gradients, too, with kernels (float32) and without."""
     monkeypatch.setitem(points_module.VALUES_AT_A_TIME, "cpu", values_at_a_time)
+    monkeypatch.setitem(points_module.CHOSEN_AT_A_TIME, "cpu", 2)
+    monkeypatch.setattr(points_module, "VALUES_IN_CACHE", 7 * C)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    features = torch.randn(1, C, 8, 9, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
-    embeddings = torch.randn(7, C, dtype=torch.float64, requires_grad=True)
-    weights, points = torch.randn(7, 20, dtype=torch.float64), torch.rand(7, 20, 2, dtype=torch.float64) * 2.4 - 1.2
+    features = torch.randn(1, C, 8, 9, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    embeddings = torch.randn(7, C, dtype=dtype, requires_grad=True)
+    points, labels = torch.rand(7, 20, 2, dtype=dtype) * 2.4 - 1.2, torch.rand(7, 20, dtype=dtype)
     seen: list[Tensor] = []
 
-    def choose(masks: Tensor) -> Tensor:
-        seen.append(masks)
-        return points[sum(map(len, seen[:-1])) :][: len(masks)]
+    def choose(rows: slice, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(masks.clone())  # their memory is used again
+        return points[rows], sample_points(masks, points[rows]), labels[rows]
 
-    logits, chosen = mask_logits_at_chosen_points(embeddings, features, choose)
-    gradients = torch.autograd.grad((logits * weights).sum(), (embeddings, features))
+    def total(cross_entropy: Tensor, dice: Tensor) -> Tensor:
+        return 2 * cross_entropy.sum() + 3 * dice.sum()
+
+    sums = loss_sums_at_chosen_points(embeddings, features, choose)
+    losses = losses_of_sums(sums, 20)
+    gradients = torch.autograd.grad(total(*losses), (embeddings, features))
     whole = torch.einsum("nc,chw->nhw", embeddings, features[0])
-    expected = sample_points(whole, points)
+    logits = sample_points(whole, points)
+    expected = [loss(logits[:, None], labels[:, None]) for loss in (cross_entropy_loss, dice_loss)]
     torch.testing.assert_close(torch.cat(seen), whole)
-    torch.testing.assert_close((logits, chosen), (expected, points))
-    torch.testing.assert_close(gradients, torch.autograd.grad((expected * weights).sum(), (embeddings, features)))
+    torch.testing.assert_close(losses, tuple(expected))
+    torch.testing.assert_close(gradients, torch.autograd.grad(total(*expected), (embeddings, features)))
     assert gradients[1].stride() == features.stride()
+
+
+def test_kernels_change_no_loss_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where points are the same, and none is chosen by uncertainty."""
+    logits, embeddings, features = torch.randn(3, 2, Q, K + 1), torch.randn(3, 2, Q, C), torch.randn(2, C, 8, 10)
+    leaves = [logits, embeddings, features.contiguous(memory_format=torch.channels_last)]
+    points = torch.rand(64, 2) * 2 - 1
+    for module in (points_module, matcher_module):
+        monkeypatch.setattr(module, "random_points", lambda *shape, device: points.expand(*shape, 2))
+
+    def losses_and_gradients() -> list[Tensor]:
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        losses = make_criterion(importance_sample_ratio=0.0)(Predictions(*inputs), targets())
+        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), inputs)]
+
+    results = losses_and_gradients()
+    monkeypatch.setattr(extension, "KERNELS", frozenset())
+    for ours, plain in zip(results, losses_and_gradients(), strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
 
 
 def test_predictions_read_as_the_published_dict_and_are_made_from_one() -> None:
@@ -117,15 +156,19 @@ def test_predictions_read_as_the_published_dict_and_are_made_from_one() -> None:
     assert len(predictions["aux_outputs"]) == 2
 
     dense = Predictions.from_outputs(dict(predictions))
-    points, queries = torch.rand(9, 2), torch.tensor([[0, 3], [1, 1], [5, 2]])
+    points, labels, queries = torch.rand(9, 2), torch.rand(6, 9), torch.tensor([[0, 3, 1], [1, 5, 2]])
+
+    def choose(rows: slice, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        here = points.expand(len(masks), -1, -1)
+        return here, sample_points(masks, here), labels[rows]
+
     for image in range(2):
-        at_points = [list(kind.mask_logits_at(image, points)) for kind in (dense, predictions)]
+        at_points = [torch.cat([x for _, x in kind.mask_logits_at(image, points)]) for kind in (dense, predictions)]
         torch.testing.assert_close(*at_points, atol=1e-5, rtol=1e-4)
-        chosen = [
-            kind.matched_logits_at_chosen_points(image, queries, lambda masks: points.expand(len(masks), -1, -1))
-            for kind in (dense, predictions)
-        ]
-        torch.testing.assert_close(*chosen, atol=1e-5, rtol=1e-4)
+        sums = [kind.loss_sums(image, queries, choose) for kind in (dense, predictions)]
+        torch.testing.assert_close(*sums, atol=1e-5, rtol=1e-4)
+        row = predictions.mask_logits(2, image, queries[1, 2:])  # the last of N*L, layer by layer
+        torch.testing.assert_close(sums[0][5:, 1], sample_points(row, points).sigmoid().sum(1), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(dense.last_layer()["pred_masks"], expected)
     assert dense.mask_size == predictions.mask_size == (8, 10)
     with pytest.raises(ValueError, match="pred_masks"):
@@ -135,10 +178,11 @@ def test_predictions_read_as_the_published_dict_and_are_made_from_one() -> None:
 def test_uncertain_points_lie_where_logits_are_near_zero() -> None:
     x = torch.linspace(-1, 1, 64)
     masks = (x * 20).expand(2, 64, 64)  # 0 in the middle column
-    points = uncertain_points(masks, 100, oversample_ratio=3.0, importance_sample_ratio=0.75)
+    points, at_points = uncertain_points(masks, 100, oversample_ratio=3.0, importance_sample_ratio=0.75)
     assert points.shape == (2, 100, 2)
     assert (points.abs() <= 1).all()
-    logits = sample_points(masks, points).abs()
+    torch.testing.assert_close(at_points, sample_points(masks, points), atol=1e-5, rtol=1e-5)
+    logits = at_points.abs()
     assert logits[:, :75].max() < logits[:, 75:].max()
     assert logits[:, :75].mean() < 4
 

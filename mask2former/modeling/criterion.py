@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .loss_in_parts import LossInParts
-from .losses import cross_entropy_loss, dice_loss
+from .losses import losses_of_sums
 from .matcher import HungarianMatcher
 from .points import sample_masks, uncertain_points
 from .predictions import Predictions
@@ -114,27 +114,27 @@ class SetCriterion(LossInParts, nn.Module):
         self, predictions: Predictions, targets: Sequence[Targets], matches: Sequence[Matches]
     ) -> dict[str, Tensor]:
         """Mask losses (L) of the layers, summed over all pairs."""
-        cross_entropy, dice = [], []
+        losses = []
         for image, target in enumerate(targets):
-            queries, objects = (torch.stack([layer[image][i] for layer in matches]) for i in range(2))  # (L, n)
-            logits, points = predictions.matched_logits_at_chosen_points(image, queries, self._choose_points)
-            labels = _labels_at(points, target, objects)
-            with torch.autocast(logits.device.type, enabled=False):
-                cross_entropy.append(cross_entropy_loss(logits, labels))
-                dice.append(dice_loss(logits, labels))
-        return {"loss_mask": torch.stack(cross_entropy).sum(0), "loss_dice": torch.stack(dice).sum(0)}
+            queries, objects = (torch.stack([layer[image][i] for layer in matches], dim=1) for i in range(2))  # (n, L)
+            losses.append(self._mask_losses_of_pairs(predictions, image, queries, target, objects))
+        return dict(zip(("loss_mask", "loss_dice"), torch.stack(losses).sum(0), strict=True))
 
-    def _choose_points(self, mask_logits: Tensor) -> Tensor:
-        return uncertain_points(mask_logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+    def _mask_losses_of_pairs(
+        self, predictions: Predictions, image: int, queries: Tensor, target: Targets, objects: Tensor
+    ) -> Tensor:
+        """Cross-entropy and dice losses (2, L) of a picture's queries (n, L) and objects (n, L)."""
+        # Pairs of one object follow one another, so that its mask is in the cache for all of them.
+        object_of_pair = objects.flatten()
 
+        def choose(pairs: slice, mask_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            points, logits = uncertain_points(
+                mask_logits, self.num_points, self.oversample_ratio, self.importance_sample_ratio
+            )
+            return points, logits, sample_masks(target.masks, points, object_of_pair[pairs])
 
-def _labels_at(points: Tensor, target: Targets, objects: Tensor) -> Tensor:
-    """Labels (L, n, P) of objects with indices (L, n), at points (L, n, P, 2)."""
-    if objects.shape[1] < len(target):  # each layer has left out others
-        return torch.stack([sample_masks(target.masks[o], p) for o, p in zip(objects, points, strict=True)])
-    # All layers have all objects, in the same order: those of a mask are sampled together.
-    labels = sample_masks(target.masks, points.transpose(0, 1).flatten(1, 2))  # (N, L * P)
-    return labels.unflatten(1, (len(points), -1)).transpose(0, 1)
+        sums = predictions.loss_sums(image, queries, choose).unflatten(0, queries.shape)  # (n, L, 4)
+        return torch.stack(losses_of_sums(sums, self.num_points)).sum(1)
 
 
 def _mean_over_ranks(values: Tensor) -> Tensor:

@@ -6,7 +6,15 @@ Letters: ``N`` masks, ``Q`` queries, ``P`` points. Logits and targets are float3
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cross_entropy_cost", "cross_entropy_loss", "dice_cost", "dice_loss"]
+from ..ops.points import sum_of_softplus
+
+__all__ = ["cross_entropy_cost", "cross_entropy_loss", "dice_cost", "dice_loss", "losses_of_sums"]
+
+
+def losses_of_sums(sums: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
+    """``cross_entropy_loss`` and ``dice_loss`` of each mask, (...), from ``ops.points.loss_sums`` (..., 4)."""
+    cross_entropy, probabilities, targets, overlap = sums.unbind(-1)
+    return cross_entropy / num_points, 1 - (2 * overlap + 1) / (probabilities + targets + 1)
 
 
 def cross_entropy_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -24,10 +32,8 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def cross_entropy_cost(logits: Tensor, targets: Tensor) -> Tensor:
     """``cross_entropy_loss`` of every pair: logits (Q, P) and targets (N, P) give (Q, N)."""
-    # BCE(x, t) = softplus(x) - x t, so that one product serves all pairs; softplus(x) = max(x, 0) - log(sigmoid(|x|)),
-    # of which each step is several times as fast as softplus itself.
-    softplus = logits.relu().sub_(logits.abs().sigmoid_().log_())
-    return (softplus.sum(-1, keepdim=True) - logits @ targets.T) / logits.shape[-1]
+    # BCE(x, t) = softplus(x) - x t, so that one product serves all pairs.
+    return (sum_of_softplus(logits)[:, None] - logits @ targets.T) / logits.shape[-1]
 
 
 def dice_cost(logits: Tensor, targets: Tensor) -> Tensor:

@@ -64,10 +64,11 @@ class HungarianMatcher(nn.Module):
         if len(target):
             points = random_points(self.num_points, device=cost.device)
             objects = sample_masks(target.masks, points)  # (N, P)
-            for layer_cost, logits in zip(cost, predictions.mask_logits_at(image, points), strict=True):
+            for layers, logits in predictions.mask_logits_at(image, points):
                 with torch.autocast(cost.device.type, enabled=False):
-                    layer_cost += self.cost_mask * cross_entropy_cost(logits, objects)
-                    layer_cost += self.cost_dice * dice_cost(logits, objects)
+                    pairs = logits.flatten(0, 1), objects
+                    mask_cost = self.cost_mask * cross_entropy_cost(*pairs) + self.cost_dice * dice_cost(*pairs)
+                cost[layers] += mask_cost.view_as(cost[layers])
         return cost
 
 

@@ -4,16 +4,22 @@ Letters: ``L`` predictions (decoder layers + 1), ``B`` batch, ``Q`` queries, ``K
 ``P`` points; ``H`` and ``W`` are the picture's padded size, masks have a quarter of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .points import mask_logits_at_chosen_points, sample_points
+from ..ops.points import loss_sums_reference
+from .points import Choose, loss_sums_at_chosen_points, multiply, sample_features, sample_points
 
 __all__ = ["DensePredictions", "Predictions"]
+
+
+# Logits at points that are made at one time: 16 MB, so that a CPU's cache holds them, and more rows than one layer has,
+# of which products are faster.
+LOGITS_AT_A_TIME = 1 << 22
 
 
 class Predictions(Mapping[str, Any]):
@@ -76,7 +82,8 @@ class Predictions(Mapping[str, Any]):
         would compile for this number of pictures alone. With gradients even if the matcher, which has none, is first.
         """
         with torch.enable_grad():
-            return self.mask_features.float().split(1)
+            features = self.mask_features.float()
+            return features.split(1) if len(features) > 1 else (features,)  # a split's backward copies the gradient
 
     @property
     def mask_size(self) -> tuple[int, int]:
@@ -101,33 +108,40 @@ class Predictions(Mapping[str, Any]):
         with _full_precision(embeddings):
             return torch.einsum("qc,chw->qhw", embeddings.float(), self._features[image][0])
 
-    def matched_logits_at_chosen_points(
-        self, image: int, queries: Tensor, choose: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Mask logits of a picture's queries at points that are chosen for each.
+    def loss_sums(self, image: int, queries: Tensor, choose: Choose) -> Tensor:
+        """What mask losses are made of, as ``ops.points.loss_sums`` has it, of a picture's queries in every layer.
 
         Args:
             image: the picture.
-            queries: indices (L, N) of queries in every layer.
-            choose: gives points (n, P, 2), as ``points`` has them, for mask logits (n, H/4, W/4).
+            queries: indices (N, L).
+            choose: chooses points for the N*L masks; gradients of what it gives don't count.
 
         Returns:
-            logits (L, N, P) in float32, and the points (L, N, P, 2).
+            (N*L, 4).
         """
-        layers = torch.arange(len(queries), device=queries.device)[:, None]
+        layers = torch.arange(queries.shape[1], device=queries.device)
         embeddings = self.mask_embeddings[layers, image, queries].flatten(0, 1).float()
         with _full_precision(embeddings):
-            logits, points = mask_logits_at_chosen_points(embeddings, self._features[image], choose)
-        return logits.unflatten(0, queries.shape), points.unflatten(0, queries.shape)
+            return loss_sums_at_chosen_points(embeddings, self._features[image], choose)
 
-    def mask_logits_at(self, image: int, points: Tensor) -> Iterator[Tensor]:
-        """Mask logits (Q, P) in float32 of a picture at points (P, 2), as ``points`` has them, layer by layer."""
+    @torch.no_grad()
+    def mask_logits_at(self, image: int, points: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Mask logits of a picture at points (P, 2), as ``points`` has them, without gradients.
+
+        Yields:
+            Some layers at a time, and their logits (l, Q, P) in float32.
+        """
         with _full_precision(points):
-            features = sample_points(self._features[image][0], points)  # (C, P)
-        for embeddings in self.mask_embeddings[:, image].float():
+            features = sample_features(self._features[image][0], points)  # (C, P)
+        embeddings = self.mask_embeddings[:, image].float()
+        step = max(LOGITS_AT_A_TIME // max(embeddings.shape[1] * len(points), 1), 1)
+        for start in range(0, len(embeddings), step):
+            layers = slice(start, start + step)
+            some = embeddings[layers]
+            logits = features.new_empty(*some.shape[:2], len(points))
             with _full_precision(points):
-                logits = embeddings @ features
-            yield logits
+                multiply(some.flatten(0, 1), features, logits.flatten(0, 1))
+            yield layers, logits
 
     def _layer_masks(self, layer: int) -> Tensor:
         return torch.stack([self.mask_logits(layer, image) for image in range(self.class_logits.shape[1])])
@@ -159,18 +173,18 @@ class DensePredictions(Predictions):
         masks = self.masks[layer, image].float()
         return masks if queries is None else masks[queries]
 
-    def matched_logits_at_chosen_points(
-        self, image: int, queries: Tensor, choose: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        layers = torch.arange(len(queries), device=queries.device)[:, None]
+    def loss_sums(self, image: int, queries: Tensor, choose: Choose) -> Tensor:
+        layers = torch.arange(queries.shape[1], device=queries.device)
         masks = self.masks[layers, image, queries].flatten(0, 1).float()
-        points = choose(masks)
-        logits = sample_points(masks, points) if len(masks) else masks.sum((1, 2))[:, None].expand(points.shape[:2])
-        return logits.unflatten(0, queries.shape), points.unflatten(0, queries.shape)
+        points, _, labels = choose(slice(0, len(masks)), masks)
+        logits = sample_points(masks, points) if len(masks) else masks.sum((1, 2))[:, None].expand(labels.shape)
+        with _full_precision(logits):
+            return loss_sums_reference(logits, labels)
 
-    def mask_logits_at(self, image: int, points: Tensor) -> Iterator[Tensor]:
-        for masks in self.masks[:, image].float():
-            yield sample_points(masks, points)
+    @torch.no_grad()
+    def mask_logits_at(self, image: int, points: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for layer, masks in enumerate(self.masks[:, image]):
+            yield slice(layer, layer + 1), sample_points(masks.float(), points)[None]
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

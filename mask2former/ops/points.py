@@ -1,8 +1,10 @@
-"""Points of maps: drawn, read, written and chosen by compiled kernels where there are some, else by plain PyTorch.
+"""Masks at points: compiled kernels where there are some for float32 tensors of a device, else plain PyTorch.
 
-Nothing here has gradients. Points are (x, y) from (-1, -1), the top left corner of a map's first cell, to (1, 1), as
-``grid_sample`` takes them. Letters: ``N`` maps, ``R`` rows of points, ``P`` points of each; ``H`` and ``W`` are the
-size of a map.
+They draw points, read and write maps there, find where maps are nearest to zero, and sum up losses. What has gradients
+says so. Points are (x, y) from (-1, -1), the top left corner of a map's first cell, to (1, 1), as ``grid_sample`` takes
+them.
+
+Letters: ``N`` maps, ``R`` rows of points, ``P`` points of each; ``H`` and ``W`` are the size of a map.
 """
 
 import torch
