@@ -5,7 +5,8 @@ Builds them with GCC's sanitizers in a temporary folder, about a minute; what is
 capability of this CPU goes through the operators. Deformable attention, forward and backward, plain and fused, in all
 four dtypes: usual and odd sizes, none at all, places far outside, NaN and infinity, parts of larger tensors, more
 threads than heads. Results of masks: sizes around that of a tile, none at all, NaN and infinity, parts of larger
-tensors. Position-wise layers: numbers of positions around that of a block, widths around that of a vector.
+tensors. Position-wise layers: numbers of positions around that of a block, widths around that of a vector. Masks at
+points: numbers of points around those that kernels take together, far outside, NaN and infinity.
 
 Exits with 1 where something was found, and shows it.
 
