@@ -56,6 +56,9 @@ def test_values_are_those_of_grid_sample(size: tuple[int, int]) -> None:
     apart = torch.randn(3, size[0] * size[1] + 4)[:, : size[0] * size[1]].unflatten(1, size)
     torch.testing.assert_close(sample_points(apart, points[:3]), grid_sample(apart.contiguous(), points[:3]))
     assert sample_points(maps[:0], points[:0]).shape == (0, 700)
+    part = torch.zeros(0, 9, 9)[:, :7, :7]  # of a larger picture's none
+    assert sample_points(part, points[:0]).shape == (0, 700)
+    assert sample_points(part > 0, points[:0], index[:0]).shape == (0, 700)
 
 
 def test_an_index_beyond_the_maps_is_an_error() -> None:

@@ -90,7 +90,7 @@ def sample_masks(masks: Tensor, points: Tensor, index: Tensor | None = None) -> 
     if index is None:
         points = points.expand(len(masks), -1, -1)
     if has_kernels(masks.device):
-        return ops.points.sample_points(masks, points, index)
+        return ops.points.sample_points(masks.contiguous(), points, index)
     index = torch.arange(len(masks), device=masks.device) if index is None else index
     parts = _rows_at_a_time(len(points), masks.shape[1:], masks)  # that become floats, of four times their size
     return torch.cat([ops.points.sample_points(masks, points[rows], index[rows]) for rows in parts])

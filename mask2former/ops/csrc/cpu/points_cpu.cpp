@@ -22,7 +22,8 @@ MapSize checked_size(const Tensor& maps) {
   TORCH_CHECK(maps.dim() == 3 && maps.size(1) >= 2 && maps.size(2) >= 2,
               "maps must be (N, H, W), at least 2 x 2, but have shape ", maps.sizes());
   TORCH_CHECK(maps.size(1) < (int64_t(1) << 31) / maps.size(2), "maps must have fewer than 2^31 cells");
-  TORCH_CHECK(maps.stride(2) == 1 && maps.stride(1) == maps.size(2), "rows of a map must follow one another");
+  TORCH_CHECK(maps.size(0) == 0 || (maps.stride(2) == 1 && maps.stride(1) == maps.size(2)),
+              "rows of a map must follow one another");  // where there are no maps, strides may be anything
   return {maps.size(1), maps.size(2)};
 }
 
