@@ -56,6 +56,18 @@ def hugging_face() -> ModuleType:
     return modeling_mask2former
 
 
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """For comparisons with published figures, which leave little room for rounding.
+
+    The number of threads decides how sums are rounded, and now and then on which side of 0 a mask's logit lies.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def one_thread_and_seed() -> Iterator[None]:
     """For tests of the small model: the same random numbers each time, and no threads to wait for."""

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from mask2former import SemanticSegmentorWithTTA
 from mask2former.engine import load_config
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 FOLDER = Path(__file__).parent / "data" / "published_cases"
 CASES = json.loads((FOLDER / "cases.json").read_text())
 TTA = [name for name in CASES if name.startswith("tta_")]
@@ -113,7 +115,7 @@ def check_result(result: dict[str, Any], figures: Any, index: int) -> None:
         order = np.argsort(-figures[f"scores_{index}"], kind="stable")
         # Rounding (of convolutions that work channels last, say) moves a pixel of an attention mask now and then.
         assert_close(instances.scores, figures[f"scores_{index}"][order], 0.9, 3e-4, 0.05)
-        assert (instances.pred_classes.numpy() == figures[f"classes_{index}"][order]).mean() >= 0.9
+        assert (instances.pred_classes.numpy() == figures[f"classes_{index}"][order]).mean() >= 0.95
         areas = instances.pred_masks.flatten(1).sum(1).numpy()
         published_areas = figures[f"mask_area_{index}"][order]
         difference = np.abs(areas - published_areas) / np.maximum(published_areas, 1)

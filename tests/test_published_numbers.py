@@ -18,6 +18,8 @@ from torch import nn
 
 from mask2former.engine import load_config
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 DATA = Path(__file__).parent / "data"
 RECIPE = "configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
 
@@ -77,10 +79,9 @@ def test_state_dict_has_the_published_names_and_shapes(model: nn.Module) -> None
 
 
 def test_class_logits(predictions: Any, figures: Any) -> None:
-    # With other threads than the figures', rounding may move a mask's logit over 0, and so what one query attends to.
-    assert_close(predictions["pred_logits"], figures["pred_logits"], 0.99, 2e-4, 2e-2)
+    assert_close(predictions["pred_logits"], figures["pred_logits"], 0.99, 2e-4, 5e-3)
     aux = torch.stack([layer["pred_logits"] for layer in predictions["aux_outputs"]])
-    assert_close(aux[:, :, ::7, ::5], figures["aux_logits"], 0.99, 2e-4, 2e-2)
+    assert_close(aux[:, :, ::7, ::5], figures["aux_logits"], 0.99, 2e-4, 5e-3)
 
 
 def test_mask_logits(predictions: Any, figures: Any) -> None:
