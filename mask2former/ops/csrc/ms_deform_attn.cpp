@@ -1,4 +1,4 @@
-// The operators' schemas. Kernels are in cpu/ and cuda/; fake functions and autograd are in ../registration.py.
+// Schemas of deformable attention. Kernels are in cpu/ and cuda/; fake functions and autograd are in ../registration.py.
 //
 // B batch, S positions of all levels together, Q queries, M heads, D channels of a head, L levels, P points.
 // spatial_shapes is (height, width) of each level in a row: 2 L integers.

@@ -107,8 +107,8 @@ void bound_scores(const MaskStrip& strip, const ClassProbabilities& classes, con
   }
 }
 
-// Classes, in order, that may be the best one of a pixel: those whose score may be as high as the highest of the lowest
-// ones, and more than rounding from it. -> how many.
+// Classes, in order, that may be the best one of a pixel: all but those whose highest score is less, by more than
+// rounding, than the lowest score of another one. -> how many.
 int64_t find_candidates(const MaskStrip& strip, const ClassProbabilities& classes, const ProductMemory& memory,
                         int64_t columns) {
   bound_scores(strip, classes, memory, columns);

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "kernel.h"
-#include "memory.h"
+#include "work.h"
 
 namespace mask2former {
 namespace cpu {
@@ -64,8 +64,6 @@ struct StripArguments {
   Tensor maps, low, high, share;
   MaskStrip strip = {};
 };
-
-int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
 // Calls function(tile, thread, workspace) for all tiles of a strip, on all threads. Which thread has which tiles, and
 // in which order, depends on their number alone.

@@ -9,7 +9,7 @@
 
 #include "../arguments.h"
 #include "kernel.h"
-#include "memory.h"
+#include "work.h"
 
 namespace mask2former {
 namespace cpu {
@@ -30,8 +30,6 @@ struct CpuArguments : Arguments {
 
   Problem problem = {};
 };
-
-int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
 // Calls function(first, last, workspace) for parts of `count` pieces of work, on all threads.
 template <typename Function>

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernel.h"
+#include "work.h"
 
 namespace mask2former {
 namespace cpu {
@@ -43,7 +44,7 @@ void check_floats(const Tensor& tensor, const char* name, at::IntArrayRef shape)
 Tensor random_points(at::IntArrayRef shape, int64_t seed) {
   Tensor numbers = at::empty(shape, at::kFloat);
   float* data = numbers.mutable_data_ptr<float>();
-  const int64_t count = numbers.numel(), blocks = (count + RANDOM_BLOCK - 1) / RANDOM_BLOCK;
+  const int64_t count = numbers.numel(), blocks = divide_up(count, RANDOM_BLOCK);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * RANDOM_BLOCK;

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "kernel.h"
-#include "memory.h"
+#include "work.h"
 
 namespace mask2former {
 namespace cpu {
@@ -33,8 +33,8 @@ void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
 template <typename Function>
 void for_blocks(int64_t count, int64_t floats, Function function) {
   const int64_t threads = at::get_num_threads();
-  const int64_t rows = std::max<int64_t>(1, std::min(BLOCK_ROWS, (count + threads - 1) / threads));
-  at::parallel_for(0, (count + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+  const int64_t rows = std::max<int64_t>(1, std::min(BLOCK_ROWS, divide_up(count, threads)));
+  at::parallel_for(0, divide_up(count, rows), 1, [&](int64_t begin, int64_t end) {
     Memory workspace(size_t(rows * floats) * sizeof(float));
     float* const numbers = static_cast<float*>(workspace.get());
     for (int64_t block = begin; block < end; ++block)

@@ -1,4 +1,4 @@
-// Memory of kernels.
+// How operators on CPU tensors share out work: in how many parts, and a thread's memory for one.
 #pragma once
 
 #include <stddef.h>
@@ -8,6 +8,8 @@
 
 namespace mask2former {
 namespace cpu {
+
+inline int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
 // Memory of one thread, aligned as the kernels need it.
 class Memory {
