@@ -6,7 +6,8 @@ capability of this CPU goes through the operators. Deformable attention, forward
 four dtypes: usual and odd sizes, none at all, places far outside, NaN and infinity, parts of larger tensors, more
 threads than heads. Results of masks: sizes around that of a tile, none at all, NaN and infinity, parts of larger
 tensors. Position-wise layers: numbers of positions around that of a block, widths around that of a vector. Masks at
-points: numbers of points around those that kernels take together, far outside, NaN and infinity.
+points: numbers of points around those that kernels take together, far outside, NaN and infinity. Convolutions: sizes
+around that of a tile, widths around that of a vector.
 
 Exits with 1 where something was found, and shows it.
 
@@ -57,6 +58,8 @@ SIZES: tuple[dict, ...] = (
 )
 # Pictures, positions, channels, hidden features.
 POSITION_WISE_SIZES = ((2, 3, 1, 1), (1, 255, 16, 33), (2, 257, 15, 17), (1, 600, 64, 100), (0, 5, 8, 8), (1, 0, 8, 8))
+# Of convolutions: pictures, channels in and out, height, width.
+CONVOLUTION_SIZES = ((1, 1, 1, 1, 1), (2, 3, 17, 4, 5), (1, 15, 33, 9, 3), (1, 64, 16, 37, 41), (0, 3, 3, 8, 8))
 # Of strips: masks, rows, columns.
 STRIP_SIZES = ((1, 1, 1), (3, 8, 64), (5, 9, 65), (2, 17, 63), (100, 20, 200), (4, 0, 5), (4, 5, 0))
 # For masks at points; kernels take 256 points at a time, and 16 numbers.
@@ -135,6 +138,9 @@ def go_through_operators(library: Path) -> int:
     for threads, sizes in itertools.product(THREADS, POSITION_WISE_SIZES):
         torch.set_num_threads(threads)
         passes += go_through_position_wise(*sizes)
+    for threads, sizes in itertools.product(THREADS, CONVOLUTION_SIZES):
+        torch.set_num_threads(threads)
+        passes += go_through_convolution(*sizes)
     return passes + go_through_point_operators()
 
 
@@ -194,6 +200,17 @@ def go_through_position_wise(batch: int, positions: int, channels: int, hidden: 
     shapes = (square, row, row, row, (hidden, channels), (hidden,), (channels, hidden), row, row, row)
     operators.add_and_feed_forward(x, x, [torch.randn(shape) for shape in shapes], 1e-5, 1e-5)
     return 2
+
+
+def go_through_convolution(batch: int, channels: int, outputs: int, height: int, width: int) -> int:
+    """The three operators on random numbers; -> number of passes."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(batch, channels, height, width), torch.randn(outputs, channels, 3, 3)
+    operators = torch.ops.mask2former
+    grad = operators.conv3x3(x, weight, torch.randn(outputs))
+    operators.conv3x3_backward_input(grad, weight)
+    operators.conv3x3_backward_weight(grad, x)
+    return 3
 
 
 def random_arguments(

@@ -1,5 +1,7 @@
-"""What compiled kernels compute: deformable attention, with the module of its learned parts, and results of masks."""
+"""What compiled kernels compute: deformable attention, with the module of its learned parts, results of masks, and
+convolutions."""
 
+from .convolution import conv2d
 from .extension import KERNELS
 from .functional import ms_deform_attn, ms_deform_attn_fused
 from .mask_strip import Inside, MaskStrip, Winners, best_classes
@@ -12,6 +14,7 @@ __all__ = [
     "MaskStrip",
     "Winners",
     "best_classes",
+    "conv2d",
     "ms_deform_attn",
     "ms_deform_attn_fused",
 ]

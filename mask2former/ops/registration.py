@@ -1,6 +1,6 @@
 """What torch needs to know of the compiled operators besides their kernels: results' shapes, gradients, batching.
 
-Their schemas are in ``csrc/ms_deform_attn.cpp`` and ``csrc/mask_strip.cpp``. To be imported only where their library is
+Their schemas are in the files of ``csrc``. To be imported only where their library is
 loaded.
 
 ``inputs`` stands for what an operator takes after ``spatial_shapes``: locations and weights or, fused, reference
@@ -250,3 +250,38 @@ def _project_flops(x: Sequence[int], position: Sequence[int], weights: Any, *_: 
 def _feed_forward_flops(x: Sequence[int], attended: Sequence[int], parameters: Any, *_: Any, **__: Any) -> int:
     """Likewise; parameters that are no matrices take none."""
     return 2 * math.prod(x[:2]) * sum(math.prod(shape) for shape in parameters if len(shape) == 2)
+
+
+# ------------------------------------------------------------------------------------------- convolutions
+
+
+@torch.library.register_fake("mask2former::conv3x3")
+def _fake_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _map_like(x, weight.shape[0])
+
+
+@torch.library.register_fake("mask2former::conv3x3_backward_input")
+def _fake_conv3x3_backward_input(grad: Tensor, weight: Tensor) -> Tensor:
+    return _map_like(grad, weight.shape[1])
+
+
+@torch.library.register_fake("mask2former::conv3x3_backward_weight")
+def _fake_conv3x3_backward_weight(grad: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
+
+
+def _map_like(x: Tensor, channels: int) -> Tensor:
+    batch, _, height, width = x.shape
+    return x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+@register_flop_formula([torch.ops.mask2former.conv3x3, torch.ops.mask2former.conv3x3_backward_input])
+def _conv3x3_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """For torch's counter, from shapes: those of a direct convolution, as of torch's own."""
+    return 2 * x[0] * x[2] * x[3] * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.mask2former.conv3x3_backward_weight)
+def _conv3x3_backward_weight_flops(grad: Sequence[int], x: Sequence[int], *_: Any, **__: Any) -> int:
+    """Likewise."""
+    return 2 * math.prod(grad) * x[1] * 9

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
+
+from ...ops import conv2d
 
 __all__ = ["fold_frozen_norms", "keep_scaled_weights"]
 
@@ -57,7 +58,7 @@ class _ConvWithFrozenNorm(Conv2d):
         return self.weight * scale[:, None, None, None]
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "../ms_deform_attn.h"
+#include "convolution.h"
 #include "mask_strip.h"
 #include "points.h"
 #include "position_wise.h"
@@ -56,6 +57,7 @@ struct Kernels {
   void (*value_backward)(const Problem&, const Gradients&, const Strip&, void* workspace);
   // At last, the gradients of sampling and attention of rows [first, last).
   void (*sampling_backward)(const Problem&, const Gradients&, int64_t first, int64_t last, void* workspace);
+  ConvolutionKernels convolution;
   MaskKernels masks;
   PointKernels points;
   PositionWiseKernels position_wise;
