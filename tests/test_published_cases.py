@@ -89,13 +89,19 @@ def test_case(name: str, repository: Path) -> None:
 
 def check_predictions(predictions: Any, figures: Any) -> None:
     assert_close(predictions["pred_logits"][:, ::10], figures["pred_logits"], 0.95, 4e-4, 0.1)
-    assert_close(predictions["pred_masks"][:, ::20, ::4, ::4], figures["pred_masks"], 0.95, 1e-3, np.inf)
+    check_masks(predictions["pred_masks"][:, ::20, ::4, ::4], figures["pred_masks"])
     layers = predictions["aux_outputs"]
     if "aux_logits" in figures:  # else the published decoder keeps the last layer alone
         logits = torch.stack([layer["pred_logits"] for layer in layers])
         assert_close(logits[:, :, ::25, ::5], figures["aux_logits"], 0.95, 4e-4, 0.1)
         means = torch.stack([layer["pred_masks"].mean((2, 3)) for layer in layers])
         assert_close(means[:, :, ::10], figures["aux_masks_mean"], 0.95, 5e-4, np.inf)
+
+
+def check_masks(masks: Tensor, published: np.ndarray) -> None:
+    """At least nine of ten masks have 95 % of their logits within 1e-3: the tenth may be that of a query that moved."""
+    differences = np.abs(masks.numpy() - published)
+    assert (np.quantile(differences, 0.95, axis=(2, 3)) <= 1e-3).mean() >= 0.9
 
 
 def check_result(result: dict[str, Any], figures: Any, index: int) -> None:
