@@ -132,7 +132,7 @@ def _tasks(args: argparse.Namespace) -> dict[str, list[Task]]:
         "inference": [Task("inference", (128, 160) if args.quick else (800, 1088))],
         "training": [Task("training", (side, side)) for side in args.sizes],
         "loss": [Task("loss", largest, objects=50)],
-        "points": [Task("training", largest, objects=count) for count in (10, 50)],
+        "points": [Task("training", largest, objects=count) for count in (10, 50, 100)],
     }
     tasks = {work: some for work, some in tasks.items() if work in args.work}
     if "growth" in args.work:
