@@ -171,6 +171,22 @@ def test_clipping_by_value_and_by_norm_of_each_parameter() -> None:
     torch.testing.assert_close(clipped(model), expected, rtol=1e-4, atol=1e-8)
 
 
+def test_steps_of_adamw_are_those_without_its_compiled_kernel() -> None:
+    models = [StandIn(), StandIn()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build(model, clip_type=None) for model in models]
+    for group in optimizers[1].param_groups:
+        assert group["fused"]
+        group["fused"] = False
+    for _ in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            gradients(model)
+            optimizer.step()
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
+    state, plain_state = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    torch.testing.assert_close(state, plain_state)
+
+
 def test_no_clipping() -> None:
     model = StandIn()
     original = gradients(model)

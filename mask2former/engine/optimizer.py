@@ -128,6 +128,8 @@ def build_optimizer(
         weight_decay_embed=weight_decay_embed,
         backbone_multiplier=backbone_multiplier,
     )
+    if name == "ADAMW":
+        groups = [_fused_on_cpu(group) for group in groups]
     options = {"lr": base_lr, **({"momentum": momentum} if name == "SGD" else {})}
     optimizer_class = optimizers[name]
     if clip_type in ("value", "norm"):
@@ -141,6 +143,15 @@ def build_optimizer(
     if clip_type == "full_model" and clip_value > 0:
         clip_full_model_gradients(optimizer, clip_value)
     return optimizer
+
+
+def _fused_on_cpu(group: dict[str, Any]) -> dict[str, Any]:
+    """Parameters on a CPU with the option of AdamW's compiled step there: one pass over memory in place of many.
+
+    The optimizer's own option would give it the gradients that a ``GradScaler`` has scaled, which must not be clipped.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in group["params"])
+    return {**group, "fused": True} if on_cpu else group
 
 
 def _with_parameter_clipping(optimizer_class: Any, clip_type: str, clip_value: float, norm_type: float) -> Any:
