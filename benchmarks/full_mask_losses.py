@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mask2former.modeling import Predictions, SetCriterion
-from mask2former.modeling.losses import cross_entropy_cost, cross_entropy_loss, dice_cost, dice_loss
+from mask2former.modeling.losses import PairSums, cross_entropy_loss, dice_loss
 from mask2former.modeling.targets import Targets
 
 __all__ = ["FullMaskCriterion"]
@@ -75,10 +75,13 @@ class FullMaskCriterion(nn.Module):
         matcher = self.criterion.matcher
         logits = mask_logits.flatten(1)
         small = F.interpolate(masks[None], mask_logits.shape[-2:], mode="nearest")[0].flatten(1)
+        sums = PairSums(len(logits), len(small), logits.device)
+        sums.add(logits.clone(), small)
+        cross_entropy, dice = sums.losses()
         cost = (
             -matcher.cost_class * class_logits.softmax(-1)[:, classes]
-            + matcher.cost_mask * cross_entropy_cost(logits, small)
-            + matcher.cost_dice * dice_cost(logits, small)
+            + matcher.cost_mask * cross_entropy
+            + matcher.cost_dice * dice
         )  # (Q, N)
         objects, queries = linear_sum_assignment(cost.T.numpy())
         return torch.from_numpy(queries), torch.from_numpy(objects)

@@ -14,7 +14,8 @@ from torch import Tensor
 from mask2former.modeling import HungarianMatcher, Predictions, SetCriterion
 from mask2former.modeling import matcher as matcher_module
 from mask2former.modeling import points as points_module
-from mask2former.modeling.losses import cross_entropy_cost, cross_entropy_loss, dice_cost, dice_loss, losses_of_sums
+from mask2former.modeling import predictions as predictions_module
+from mask2former.modeling.losses import PairSums, cross_entropy_loss, dice_loss, losses_of_sums
 from mask2former.modeling.points import (
     loss_sums_at_chosen_points,
     sample_features,
@@ -59,26 +60,32 @@ def make_criterion(**values: Any) -> SetCriterion:
 
 def test_costs_of_all_pairs_equal_the_losses_of_each() -> None:
     logits, objects = torch.randn(Q, 50) * 3, torch.randint(0, 2, (4, 50)).float()
+    sums = PairSums(Q, 4, logits.device)
+    for here in (slice(30), slice(30, 50)):
+        sums.add(logits[:, here].clone(), objects[:, here])
+    cross_entropy, dice_losses = sums.losses()
     for query in range(Q):
         for index in range(4):
             pair = logits[query : query + 1], objects[index : index + 1]
             bce = F.binary_cross_entropy_with_logits(*pair)
-            torch.testing.assert_close(cross_entropy_cost(logits, objects)[query, index], bce)
+            torch.testing.assert_close(cross_entropy[query, index], bce)
             torch.testing.assert_close(cross_entropy_loss(*pair), bce)
             probability, label = pair[0].sigmoid()[0], pair[1][0]
             dice = 1 - (2 * (probability * label).sum() + 1) / (probability.sum() + label.sum() + 1)
-            torch.testing.assert_close(dice_cost(logits, objects)[query, index], dice)
+            torch.testing.assert_close(dice_losses[query, index], dice)
             torch.testing.assert_close(dice_loss(*pair), dice)
 
 
-def test_masks_at_points_equal_points_of_masks() -> None:
+@pytest.mark.parametrize("logits_at_a_time", [1, 7 * 2 * Q, 1 << 20])
+def test_masks_at_points_equal_points_of_masks(logits_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(predictions_module.LOGITS_AT_A_TIME, "cpu", logits_at_a_time)
     predictions = random_predictions()
     points = torch.rand(30, 2) * 2.4 - 1.2  # some outside
     for image in range(2):
-        parts = list(predictions.mask_logits_at(image, points))
+        parts = [(here, logits.clone()) for here, logits in predictions.mask_logits_at(image, points)]
         expected = [sample_points(predictions.mask_logits(layer, image), points) for layer in range(2)]
-        torch.testing.assert_close(torch.cat([x for _, x in parts]), torch.stack(expected), atol=1e-4, rtol=1e-4)
-        assert [layer for layers, _ in parts for layer in range(2)[layers]] == [0, 1]
+        torch.testing.assert_close(torch.cat([x for _, x in parts], -1), torch.stack(expected), atol=1e-4, rtol=1e-4)
+        assert [point for here, _ in parts for point in range(30)[here]] == list(range(30))
 
 
 def test_points_are_read_as_in_point_rend() -> None:
@@ -163,7 +170,7 @@ def test_predictions_read_as_the_published_dict_and_are_made_from_one() -> None:
         return here, sample_points(masks, here), labels[rows]
 
     for image in range(2):
-        at_points = [torch.cat([x for _, x in kind.mask_logits_at(image, points)]) for kind in (dense, predictions)]
+        at_points = [next(iter(kind.mask_logits_at(image, points)))[1] for kind in (dense, predictions)]
         torch.testing.assert_close(*at_points, atol=1e-5, rtol=1e-4)
         sums = [kind.loss_sums(image, queries, choose) for kind in (dense, predictions)]
         torch.testing.assert_close(*sums, atol=1e-5, rtol=1e-4)

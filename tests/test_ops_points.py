@@ -15,7 +15,7 @@ from mask2former.ops.points import (
     random_points,
     sample_points,
     spread_points,
-    sum_of_softplus,
+    to_probabilities,
 )
 
 SIZES = [(2, 2), (7, 5), (16, 33), (1, 6), (5, 1)]  # the last two have no kernels
@@ -147,9 +147,19 @@ def test_sums_of_losses_and_their_gradient() -> None:
     (gradient,) = torch.autograd.grad(expected, exact, grad.double())
     torch.testing.assert_close(loss_sums(logits, labels).double(), expected, atol=1e-4, rtol=2e-6)
     torch.testing.assert_close(loss_sums_backward(grad, logits, labels).double(), gradient, atol=1e-6, rtol=1e-5)
-    softplus = F.softplus(logits.double(), threshold=1000).sum(1)
-    torch.testing.assert_close(sum_of_softplus(logits).double(), softplus, atol=1e-4, rtol=2e-6)
     assert loss_sums(logits.index_fill(1, torch.tensor([5]), math.nan), labels)[:, :2].isnan().all()
+
+
+def test_probabilities_of_logits_and_their_sums() -> None:
+    logits = torch.randn(4, 700) * 6
+    logits[:, :6] = torch.tensor([0.0, -0.0, 100.0, -100.0, 30.0, -30.0])
+    for changed in (logits.clone(), torch.cat([logits, logits])[::2, 50:650], logits[:0], logits[:, :0]):
+        expected = changed.double()
+        sums = to_probabilities(changed).double()
+        torch.testing.assert_close(changed.double(), expected.sigmoid(), atol=1e-7, rtol=1e-6)
+        expected_sums = torch.stack([F.softplus(expected, threshold=1000).sum(1), expected.sigmoid().sum(1)], dim=1)
+        torch.testing.assert_close(sums, expected_sums, atol=1e-4, rtol=2e-6)
+    assert to_probabilities(logits.index_fill(1, torch.tensor([5]), math.nan)).isnan().all()
 
 
 def test_other_types_than_float32_are_computed_too() -> None:
@@ -160,6 +170,7 @@ def test_other_types_than_float32_are_computed_too() -> None:
     )
     values = sample_points(maps, points)
     torch.testing.assert_close(values, grid_sample(maps, points))
+    assert to_probabilities(values.clone()).dtype == torch.float64
     assert loss_sums(values, labels).dtype == loss_sums_backward(torch.ones(2, 4).double(), values, labels).dtype
     points, values = points.new_empty(2, 5, 2), points.new_empty(2, 5)
     draw_nearest_to_zero(maps, 300, points, values)

@@ -161,7 +161,7 @@ def go_through_point_operators() -> int:
         operators.sample_points(maps > 0, points, index)
         values = operators.sample_points(maps, points, None)
         grad = operators.loss_sums_backward(operators.loss_sums(values, points[..., 0].contiguous()), values, values)
-        operators.loss_sums(values, None)
+        operators.to_probabilities(values.clone())
         for kept in (0, 1, count):
             operators.draw_nearest_to_zero(maps, 2 * count + 1, 7, points[:, :kept], values[:, :kept])
         operators.spread_points(grad, points, maps)

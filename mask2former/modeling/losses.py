@@ -3,12 +3,13 @@
 Letters: ``N`` masks, ``Q`` queries, ``P`` points. Logits and targets are float32; targets are in [0, 1].
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.points import sum_of_softplus
+from ..ops.points import to_probabilities
 
-__all__ = ["cross_entropy_cost", "cross_entropy_loss", "dice_cost", "dice_loss", "losses_of_sums"]
+__all__ = ["PairSums", "cross_entropy_loss", "dice_loss", "losses_of_sums"]
 
 
 def losses_of_sums(sums: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
@@ -30,15 +31,32 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return (1 - (overlap + 1) / (total + 1)).sum(-1)
 
 
-def cross_entropy_cost(logits: Tensor, targets: Tensor) -> Tensor:
-    """``cross_entropy_loss`` of every pair: logits (Q, P) and targets (N, P) give (Q, N)."""
-    # BCE(x, t) = softplus(x) - x t, so that one product serves all pairs.
-    return (sum_of_softplus(logits)[:, None] - logits @ targets.T) / logits.shape[-1]
+class PairSums:
+    """Sums over points of what the losses of all pairs of masks and objects are made of, some points at a time.
 
+    Args:
+        logits: Q masks.
+        targets: N objects.
+        device: where the sums are.
+    """
 
-def dice_cost(logits: Tensor, targets: Tensor) -> Tensor:
-    """``dice_loss`` of every pair: logits (Q, P) and targets (N, P) give (Q, N)."""
-    probabilities = logits.sigmoid()
-    overlap = 2 * (probabilities @ targets.T)
-    total = probabilities.sum(-1, keepdim=True) + targets.sum(-1)
-    return 1 - (overlap + 1) / (total + 1)
+    def __init__(self, logits: int, targets: int, device: torch.device) -> None:
+        self._products, self._overlaps = torch.zeros(2, logits, targets, device=device)
+        self._of_logits = torch.zeros(logits, 2, device=device)  # softplus and probability
+        self._of_targets = torch.zeros(targets, device=device)
+        self._points = 0
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Add points: logits (Q, P), without gradients, and targets (N, P). The logits become probabilities."""
+        self._products.addmm_(logits, targets.T)
+        self._of_logits += to_probabilities(logits)
+        self._overlaps.addmm_(logits, targets.T)
+        self._of_targets += targets.sum(-1)
+        self._points += targets.shape[1]
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """``cross_entropy_loss`` and ``dice_loss`` of every pair, (Q, N) each."""
+        softplus, probabilities = self._of_logits[..., None].unbind(1)
+        # BCE(x, t) = softplus(x) - x t, so that one product serves all pairs.
+        cross_entropy = (softplus - self._products) / self._points
+        return cross_entropy, 1 - (2 * self._overlaps + 1) / (probabilities + self._of_targets + 1)

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .losses import cross_entropy_cost, dice_cost
+from .losses import PairSums
 from .points import random_points, sample_masks
 from .predictions import Predictions
 from .targets import Targets
@@ -64,11 +64,12 @@ class HungarianMatcher(nn.Module):
         if len(target):
             points = random_points(self.num_points, device=cost.device)
             objects = sample_masks(target.masks, points)  # (N, P)
-            for layers, logits in predictions.mask_logits_at(image, points):
-                with torch.autocast(cost.device.type, enabled=False):
-                    pairs = logits.flatten(0, 1), objects
-                    mask_cost = self.cost_mask * cross_entropy_cost(*pairs) + self.cost_dice * dice_cost(*pairs)
-                cost[layers] += mask_cost.view_as(cost[layers])
+            sums = PairSums(cost.shape[0] * cost.shape[1], len(target), cost.device)
+            with torch.autocast(cost.device.type, enabled=False):
+                for here, logits in predictions.mask_logits_at(image, points):
+                    sums.add(logits.flatten(0, 1), objects[:, here])
+            cross_entropy, dice = sums.losses()
+            cost += (self.cost_mask * cross_entropy + self.cost_dice * dice).view_as(cost)
         return cost
 
 

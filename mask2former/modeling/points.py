@@ -26,7 +26,6 @@ from ..ops.points import (
 __all__ = [
     "Choose",
     "loss_sums_at_chosen_points",
-    "multiply",
     "random_points",
     "sample_features",
     "sample_masks",
@@ -143,7 +142,7 @@ class _LossSumsAtChosenPoints(torch.autograd.Function):
         chosen: list[Tensor] = []
         sums = embeddings.new_empty(len(embeddings), 4)
         for rows, masks in _masks_at_a_time(len(embeddings), features):
-            multiply(embeddings[rows], cells, masks)
+            _multiply(embeddings[rows], cells, masks)
             for here, mask_logits in _parts(rows, masks, features):
                 points, logits, labels = choose(here, mask_logits)
                 sums[here] = loss_sums(logits, labels)
@@ -187,7 +186,7 @@ def _parts(rows: slice, masks: Tensor, features: Tensor) -> Iterator[tuple[slice
         yield slice(rows.start + start, rows.start + start + len(part)), part
 
 
-def multiply(rows: Tensor, columns: Tensor, product: Tensor) -> None:
+def _multiply(rows: Tensor, columns: Tensor, product: Tensor) -> None:
     """Make ``product`` (N, M) that of rows (N, C) and columns (C, M), without gradients.
 
     The product of few rows and many columns is faster with some columns at a time on a CPU: they stay in its cache.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ..ops.points import loss_sums_reference
-from .points import Choose, loss_sums_at_chosen_points, multiply, sample_features, sample_points
+from .points import Choose, loss_sums_at_chosen_points, sample_features, sample_points
 
 __all__ = ["DensePredictions", "Predictions"]
 
 
-# Logits at points that are made at one time: 16 MB, so that a CPU's cache holds them, and more rows than one layer has,
-# of which products are faster.
-LOGITS_AT_A_TIME = 1 << 22
+# Logits at points that are made at one time: on a CPU 4 MB, so that its cache holds them.
+LOGITS_AT_A_TIME = {"cpu": 1 << 20}
+LOGITS_AT_A_TIME_ELSEWHERE = 1 << 22
 
 
 class Predictions(Mapping[str, Any]):
@@ -129,19 +129,22 @@ class Predictions(Mapping[str, Any]):
         """Mask logits of a picture at points (P, 2), as ``points`` has them, without gradients.
 
         Yields:
-            Some layers at a time, and their logits (l, Q, P) in float32.
+            Some points at a time, and the logits (L, Q, p) there in float32, whose memory is used again for the next.
         """
         with _full_precision(points):
             features = sample_features(self._features[image][0], points)  # (C, P)
         embeddings = self.mask_embeddings[:, image].float()
-        step = max(LOGITS_AT_A_TIME // max(embeddings.shape[1] * len(points), 1), 1)
-        for start in range(0, len(embeddings), step):
-            layers = slice(start, start + step)
-            some = embeddings[layers]
-            logits = features.new_empty(*some.shape[:2], len(points))
+        rows = embeddings.flatten(0, 1)  # the product of all layers' is faster than those of fewer rows
+        at_a_time = LOGITS_AT_A_TIME.get(rows.device.type, LOGITS_AT_A_TIME_ELSEWHERE)
+        step = max(at_a_time // max(len(rows), 1), 1)
+        memory = features.new_empty(len(rows), min(step, len(points)))
+        for start in range(0, len(points), step):
+            here = slice(start, start + step)
+            some = features[:, here]
+            logits = memory[:, : some.shape[1]]
             with _full_precision(points):
-                multiply(some.flatten(0, 1), features, logits.flatten(0, 1))
-            yield layers, logits
+                torch.mm(rows, some, out=logits)
+            yield here, logits.unflatten(0, embeddings.shape[:2])
 
     def _layer_masks(self, layer: int) -> Tensor:
         return torch.stack([self.mask_logits(layer, image) for image in range(self.class_logits.shape[1])])
@@ -183,8 +186,7 @@ class DensePredictions(Predictions):
 
     @torch.no_grad()
     def mask_logits_at(self, image: int, points: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for layer, masks in enumerate(self.masks[:, image]):
-            yield slice(layer, layer + 1), sample_points(masks.float(), points)[None]
+        yield slice(len(points)), torch.stack([sample_points(masks.float(), points) for masks in self.masks[:, image]])
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:

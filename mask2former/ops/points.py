@@ -22,7 +22,7 @@ __all__ = [
     "random_points",
     "sample_points",
     "spread_points",
-    "sum_of_softplus",
+    "to_probabilities",
 ]
 
 
@@ -126,12 +126,18 @@ def loss_sums_backward(grad: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy * (probabilities - labels) + slope * (probability + product * labels)
 
 
-def sum_of_softplus(logits: Tensor) -> Tensor:
-    """Sums (N) over points of softplus(x) of logits (N, P): their cross-entropy with labels that are all 0."""
-    if has_kernels(logits.device) and logits.dtype == torch.float32:
-        return torch.ops.mask2former.loss_sums(logits.contiguous(), None)[:, 0]
+def to_probabilities(logits: Tensor) -> Tensor:
+    """Replace logits (N, P), of which no gradient is asked for, by their sigmoid.
+
+    Returns:
+        sums (N, 2) over points of softplus(x) of the logits, their cross-entropy with labels that are all 0, and of
+        their sigmoid.
+    """
+    if has_kernels(logits.device) and logits.dtype == torch.float32 and logits[:1].is_contiguous():
+        return torch.ops.mask2former.to_probabilities(logits)
     # softplus(x) = max(x, 0) - log(sigmoid(|x|)), of which each step is several times as fast as softplus itself.
-    return logits.relu().sub_(logits.abs().sigmoid_().log_()).sum(-1)
+    softplus = logits.relu().sub_(logits.abs().sigmoid_().log_()).sum(-1)
+    return torch.stack([softplus, logits.sigmoid_().sum(-1)], dim=-1)
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -14,9 +14,10 @@ TORCH_LIBRARY_FRAGMENT(mask2former, m) {
   // maps (N, H, W) float32; writes points (N, P, 2), those of `drawn` random points of each map where it is nearest to
   // zero, and its values (N, P) there
   m.def("draw_nearest_to_zero(Tensor maps, int drawn, int seed, Tensor(a!) points, Tensor(b!) values) -> ()");
-  // logits (N, P), labels (N, P) or none, which is all 0 -> sums over P (N, 4) of cross-entropy, probability, label and
-  // probability times label
-  m.def("loss_sums(Tensor logits, Tensor? labels) -> Tensor");
+  // logits (N, P), labels (N, P) -> sums over P (N, 4) of cross-entropy, probability, label and probability times label
+  m.def("loss_sums(Tensor logits, Tensor labels) -> Tensor");
   // grad (N, 4) of these sums -> that of logits (N, P)
   m.def("loss_sums_backward(Tensor grad, Tensor logits, Tensor labels) -> Tensor");
+  // Makes logits (N, P) probabilities -> sums over P (N, 2) of the logits' softplus and of probability
+  m.def("to_probabilities(Tensor(a!) logits) -> Tensor");
 }

@@ -29,12 +29,13 @@ struct PointKernels {
   // The `kept` of `count` values nearest to zero, and their points. NaN is the farthest.
   void (*nearest_to_zero)(const float* points, const float* values, int64_t count, int64_t kept, float* kept_points,
                           float* kept_values);
-  // Of logits x and labels t at `count` points, with s = sigmoid(x): the sums of cross-entropy, s, t and s t. Without
-  // labels all are 0.
+  // Of logits x and labels t at `count` points, with s = sigmoid(x): the sums of cross-entropy, s, t and s t.
   void (*loss_sums)(const float* logits, const float* labels, int64_t count, float sums[4]);
   // The gradients of logits whose sums have the gradients `grad`.
   void (*loss_sums_backward)(const float grad[4], const float* logits, const float* labels, int64_t count,
                              float* gradients);
+  // Makes logits x at `count` points s = sigmoid(x); the sums of softplus(x), the cross-entropy with labels of 0, and s.
+  void (*to_probabilities)(float* logits, int64_t count, float sums[2]);
 };
 
 }  // namespace cpu

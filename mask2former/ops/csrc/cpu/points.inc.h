@@ -215,6 +215,10 @@ MASK2FORMER_INLINE float sigmoid(float x, float exp_of_minus_magnitude) {
   return (x < 0 ? exp_of_minus_magnitude : 1.0f) / (1.0f + exp_of_minus_magnitude);
 }
 
+MASK2FORMER_INLINE float softplus(float x, float exp_of_minus_magnitude) {
+  return (x < 0 ? 0 : x) + log_of_one_plus(exp_of_minus_magnitude);
+}
+
 MASK2FORMER_INLINE float sum_of(const float* numbers, int64_t count) {
   FloatLanes lanes{};
   int64_t i = 0;
@@ -230,15 +234,14 @@ MASK2FORMER_INLINE float sum_of(const float* numbers, int64_t count) {
 }
 
 void loss_sums(const float* logits, const float* labels, int64_t count, float sums[4]) {
-  float label[POINTS_AT_A_TIME] = {}, entropy[POINTS_AT_A_TIME], probability[POINTS_AT_A_TIME],
-        product[POINTS_AT_A_TIME];
+  float entropy[POINTS_AT_A_TIME], probability[POINTS_AT_A_TIME], product[POINTS_AT_A_TIME];
   double total[4] = {};
   for (int64_t start = 0; start < count; start += POINTS_AT_A_TIME) {
     const int64_t here = smaller(POINTS_AT_A_TIME, count - start);
-    if (labels) __builtin_memcpy(label, labels + start, size_t(here) * sizeof(float));
+    const float* label = labels + start;
     for (int64_t i = 0; i < here; ++i) {
       const float x = logits[start + i], exponential = exp_of_negative(-__builtin_fabsf(x));
-      entropy[i] = (x < 0 ? 0 : x) - x * label[i] + log_of_one_plus(exponential);
+      entropy[i] = softplus(x, exponential) - x * label[i];
       probability[i] = sigmoid(x, exponential);
       product[i] = probability[i] * label[i];
     }
@@ -258,5 +261,22 @@ void loss_sums_backward(const float grad[4], const float* logits, const float* l
   }
 }
 
-constexpr PointKernels POINT_KERNELS{uniform,         sample,    sample_bools,      spread,
-                                     nearest_to_zero, loss_sums, loss_sums_backward};
+void to_probabilities(float* logits, int64_t count, float sums[2]) {
+  float entropy[POINTS_AT_A_TIME];
+  double total[2] = {};
+  for (int64_t start = 0; start < count; start += POINTS_AT_A_TIME) {
+    const int64_t here = smaller(POINTS_AT_A_TIME, count - start);
+    float* next = logits + start;
+    for (int64_t i = 0; i < here; ++i) {
+      const float x = next[i], exponential = exp_of_negative(-__builtin_fabsf(x));
+      entropy[i] = softplus(x, exponential);
+      next[i] = sigmoid(x, exponential);
+    }
+    total[0] += double(sum_of(entropy, here));
+    total[1] += double(sum_of(next, here));
+  }
+  for (int k = 0; k < 2; ++k) sums[k] = float(total[k]);
+}
+
+constexpr PointKernels POINT_KERNELS{uniform,         sample,    sample_bools,       spread,
+                                     nearest_to_zero, loss_sums, loss_sums_backward, to_probabilities};

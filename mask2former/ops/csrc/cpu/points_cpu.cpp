@@ -137,18 +137,17 @@ void draw_nearest_to_zero(const Tensor& maps, int64_t drawn, int64_t seed, const
   });
 }
 
-Tensor loss_sums(const Tensor& logits, const std::optional<Tensor>& labels) {
+Tensor loss_sums(const Tensor& logits, const Tensor& labels) {
   TORCH_CHECK(logits.dim() == 2, "logits must be (N, P), but have shape ", logits.sizes());
   const int64_t rows = logits.size(0), count = logits.size(1);
   check_floats(logits, "logits", {rows, count});
-  if (labels) check_floats(*labels, "labels", {rows, count});
+  check_floats(labels, "labels", {rows, count});
   Tensor sums = at::empty({rows, 4}, logits.options());
-  const float* from = logits.const_data_ptr<float>();
-  const float* from_labels = labels ? labels->const_data_ptr<float>() : nullptr;
+  const float *from = logits.const_data_ptr<float>(), *from_labels = labels.const_data_ptr<float>();
   float* to = sums.mutable_data_ptr<float>();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      kernels().points.loss_sums(from + i * count, from_labels ? from_labels + i * count : nullptr, count, to + i * 4);
+      kernels().points.loss_sums(from + i * count, from_labels + i * count, count, to + i * 4);
   });
   return sums;
 }
@@ -169,6 +168,19 @@ Tensor loss_sums_backward(const Tensor& grad, const Tensor& logits, const Tensor
   return gradients;
 }
 
+Tensor to_probabilities(const Tensor& logits) {
+  TORCH_CHECK(logits.dim() == 2, "logits must be (N, P), but have shape ", logits.sizes());
+  const int64_t rows = logits.size(0), count = logits.size(1);
+  check_rows(logits, "logits", {rows, count});
+  Tensor sums = at::empty({rows, 2}, logits.options());
+  float *numbers = logits.mutable_data_ptr<float>(), *to = sums.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels().points.to_probabilities(numbers + i * logits.stride(0), count, to + i * 2);
+  });
+  return sums;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
@@ -177,6 +189,7 @@ TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("draw_nearest_to_zero", draw_nearest_to_zero);
   m.impl("loss_sums", loss_sums);
   m.impl("loss_sums_backward", loss_sums_backward);
+  m.impl("to_probabilities", to_probabilities);
 }
 TORCH_LIBRARY_IMPL(mask2former, CompositeExplicitAutograd, m) { m.impl("random_points", random_points); }
 
