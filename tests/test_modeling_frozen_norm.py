@@ -19,20 +19,26 @@ def convolution(bias: bool = False, activation: bool = True) -> Conv2d:
     return Conv2d(4, 6, 3, bias=bias, norm=norm, **options)
 
 
+# Of 4 channels; the convolution's filters have 18 weights each, so that the results of the smaller one are scaled.
+SIZES = [(9, 7), (5, 5)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", [False, True])
-def test_results_and_gradients_are_the_same(bias: bool, activation: bool) -> None:
+def test_results_and_gradients_are_the_same(bias: bool, activation: bool, size: tuple[int, int]) -> None:
     plain = convolution(bias, activation)
     folded = copy.deepcopy(plain)
     fold_frozen_norms(folded)
     assert list(folded.state_dict()) == list(plain.state_dict())
-    x = torch.randn(2, 4, 9, 7)
+    x = torch.randn(2, 4, *size).contiguous(memory_format=torch.channels_last)
     results = []
     for conv in (plain, folded):
         given = x.clone().requires_grad_()
         output = conv(given)
         grads = torch.autograd.grad(output.square().sum(), (given, *conv.parameters()))
         results.append((output, *grads))
+        assert output.is_contiguous(memory_format=torch.channels_last)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
@@ -55,11 +61,18 @@ def test_changes_count_at_once() -> None:
 def test_scaled_weights_are_made_again_for_the_backward_pass() -> None:
     conv = convolution(activation=False)
     fold_frozen_norms(conv)
-    node = conv(torch.randn(1, 4, 8, 8)).grad_fn
+    node = conv(torch.randn(2, 4, 8, 8)).grad_fn
     scaled, again = node._saved_weight, node._saved_weight
     assert scaled.data_ptr() != again.data_ptr()  # each is a new one
     scale = conv.norm.weight * (conv.norm.running_var + conv.norm.eps).rsqrt()
     torch.testing.assert_close(scaled, conv.weight * scale[:, None, None, None])
+
+
+def test_results_are_scaled_where_weights_are_more() -> None:
+    conv = convolution(activation=False)
+    fold_frozen_norms(conv)
+    kinds = [conv(torch.randn(2, 4, *size)).grad_fn.name() for size in SIZES]
+    assert kinds == ["ConvolutionBackward0", "AddcmulBackward0"]
 
 
 def test_hooks_on_a_norm_see_its_work() -> None:

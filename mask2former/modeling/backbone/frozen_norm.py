@@ -1,5 +1,6 @@
 """Convolutions that do the work of the frozen batch norm behind them."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,8 @@ def fold_frozen_norms(module: nn.Module) -> None:
 
     A frozen norm multiplies and shifts each channel, and so does a convolution whose weights and bias were multiplied
     and shifted: one pass over weights in place of two over a feature map, the same but for rounding. Weights are
-    scaled when they are used, so that parameters, buffers, gradients and state dict stay what they were.
+    scaled when they are used, so that parameters, buffers, gradients and state dict stay what they were. On a CPU the
+    results of small maps are scaled and shifted all the same, in one pass, since weights are more.
     """
     for part in module.modules():
         if type(part) is Conv2d and isinstance(part.norm, FrozenBatchNorm2d):
@@ -47,18 +49,33 @@ class _ConvWithFrozenNorm(Conv2d):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
         bias = norm.bias - mean * scale
-        if self.keeps_scaled_weights or torch.compiler.is_compiling():
+        if _is_plain_cpu(x) and self._has_more_weights_than_results(x):
+            x = self._convolve(x, self.weight, None)
+            x = torch.addcmul(bias[:, None, None], x, scale[:, None, None])
+        elif self.keeps_scaled_weights or torch.compiler.is_compiling():
             x = self._convolve(x, self._scaled_by(scale), bias)
         else:
             with _made_again_for_backward(lambda: self._scaled_by(scale)) as weight:
                 x = self._convolve(x, weight, bias)
         return x if self.activation is None else self.activation(x)
 
+    def _has_more_weights_than_results(self, x: Tensor) -> bool:
+        """As many at least: in training weights are scaled twice, and their gradients once."""
+        cells = x.shape[0] * x.shape[2] * x.shape[3] // math.prod(self.stride)  # of the result
+        return cells <= math.prod(self.weight.shape[1:])
+
     def _scaled_by(self, scale: Tensor) -> Tensor:
         return self.weight * scale[:, None, None, None]
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _is_plain_cpu(x: Tensor) -> bool:
+    """Whether it is on a CPU, of the type that it is computed in, and no compiler or tracer follows its sizes."""
+    return x.device.type == "cpu" and not (
+        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    )
 
 
 @contextmanager
