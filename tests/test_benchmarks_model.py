@@ -156,14 +156,14 @@ def test_prints_tables_and_writes_files(
     files = [tmp_path / "model.json", tmp_path / "model.png"]
     model.main(["--quick", "--threads", "1", "--json", str(files[0]), "--plot", str(files[1])])
     printed = capsys.readouterr().out
-    for words in ("inference, 128 x 160, scores", "training, 64 x 64, 50 masks", "Matching and loss, 64 x 64", "100%"):
+    for words in ("inference, 128 x 160, scores", "training, 64 x 64, 100 masks", "Matching and loss, 64 x 64", "100%"):
         assert words in printed
     assert files[1].stat().st_size > 10_000
 
     written = json.loads(files[0].read_text())
     assert written["machine"]["threads"] == [1] and written["machine"]["best matrix product, GFLOP/s"] > 1
     results = {result["name"]: result for result in written["results"]}
-    assert len(results) == 4 + 6
+    assert len(results) == 5 + 6
     inference = results["inference, 128 x 160"]
     assert set(inference["seconds"]) == {"ours", "ours, scores", "huggingface"} == set(inference["memory"])
     assert sum(inference["part_seconds"].values()) == pytest.approx(inference["seconds"]["ours"][0], rel=0.1)
