@@ -1,12 +1,14 @@
 """The encoder's layers in chunks and by kernels against their modules and torch's own gradients."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mask2former.modeling.pixel_decoder import msdeformattn, position_wise
 from mask2former.modeling.pixel_decoder.msdeformattn import MSDeformAttnTransformerEncoderLayer, cell_centres
@@ -14,6 +16,13 @@ from mask2former.ops import extension
 
 SHAPES = [(2, 3), (4, 6)]
 POSITIONS, CHANNELS, HIDDEN = 30, 16, 40
+
+needs_kernels = pytest.mark.skipif("cpu" not in extension.KERNELS, reason=f"no CPU kernels: {extension.reason('cpu')}")
+# Kernels are for float32 alone.
+both_forms = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float64, id="in chunks"), pytest.param(torch.float32, marks=needs_kernels, id="kernels")],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +52,20 @@ def in_chunks(layer: MSDeformAttnTransformerEncoderLayer, x: Tensor, position: T
     return layer(x, position, centres(x), SHAPES)
 
 
+def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """To what float64 gives, each tensor but for the rounding of its largest numbers in its own type."""
+    for ours, theirs in zip(found, expected, strict=True):
+        tolerance = 1e-10 if ours.dtype == torch.float64 else 2e-5
+        largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance * max(largest, 1))
+
+
+def in_double(layer: nn.Module, *inputs: Tensor) -> tuple[Any, ...]:
+    """The same in float64."""
+    doubled = (x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
+    return copy.deepcopy(layer).double(), *doubled
+
+
 def centres(x: Tensor) -> Tensor:
     return cell_centres(SHAPES, x.device).to(x.dtype)
 
@@ -51,7 +74,7 @@ def gradients(function: Callable[..., Tensor], layer: nn.Module, x: Tensor, posi
     """The result, and gradients of both inputs and all parameters that have one."""
     output = function(layer, x, position)
     wanted = [tensor for tensor in (x, position, *layer.parameters()) if tensor.requires_grad]
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output.dtype).view_as(output)
     return [output, *torch.autograd.grad((output * weights).square().sum(), wanted)]
 
 
@@ -86,29 +109,33 @@ def test_result_and_gradients_are_the_formulas(rows: int, used: list[str], monke
     assert used == BOTH
 
 
-def test_frozen_parts_have_no_gradient(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@both_forms
+def test_frozen_parts_have_no_gradient(dtype: torch.dtype, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(position_wise, "CHUNK_ROWS", 7)
-    layer, (x, position) = make_layer(), make_inputs()
+    layer, (x, position) = make_layer(dtype=dtype), make_inputs(dtype)
     for parameter in (layer.linear1.weight, layer.norm2.bias, layer.norm1.weight, *layer.self_attn.parameters()):
         parameter.requires_grad_(False)
     inputs = x, position.detach()
-    expected, found = (gradients(function, layer, *inputs) for function in (formula, in_chunks))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert_close(gradients(in_chunks, layer, *inputs), gradients(formula, *in_double(layer, *inputs)))
     assert used == BOTH
     in_chunks(layer, *inputs).sum().backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in layer.parameters())
 
 
-def test_no_pictures() -> None:
-    layer, (x, position) = make_layer(), make_inputs()
+@both_forms
+def test_no_pictures(dtype: torch.dtype) -> None:
+    layer, (x, position) = make_layer(dtype=dtype), make_inputs(dtype)
     output, grad_x, grad_position, *others = gradients(in_chunks, layer, x[:0], position)
     assert output.shape == grad_x.shape == (0, POSITIONS, CHANNELS)
     assert not any(grad.any() for grad in (grad_position, *others))
 
 
-def test_hidden_features_and_sums_with_positions_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_forms
+def test_hidden_features_and_sums_with_positions_are_not_kept(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(msdeformattn, "ms_deform_attn_fused", lambda value, *_: value.flatten(2))  # which keeps nothing
-    layer, inputs = make_layer(), make_inputs()
+    layer, inputs = make_layer(dtype=dtype), make_inputs(dtype)
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -119,20 +146,20 @@ def test_hidden_features_and_sums_with_positions_are_not_kept(monkeypatch: pytes
         in_chunks(layer, *inputs)
     known = {x.untyped_storage().data_ptr() for x in (*inputs, *layer.parameters())}
     widths = [x[0, 0].numel() for address, x in kept.items() if address not in known and x.shape[:2] == (2, POSITIONS)]
-    # Of a norm mean and deviation; what was attended to, and the sums before both norms.
-    assert sorted(widths) == [1, 1, CHANNELS, CHANNELS, CHANNELS]
+    assert widths == [CHANNELS] * 3  # what was attended to, and the sums before both norms
 
 
-def test_gradients_of_gradients() -> None:
-    layer, inputs = make_layer(), make_inputs()
+@both_forms
+def test_gradients_of_gradients(dtype: torch.dtype) -> None:
+    layer, inputs = make_layer(dtype=dtype), make_inputs(dtype)
 
-    def penalty(function: Callable[..., Tensor]) -> list[Tensor]:
+    def penalty(function: Callable[..., Tensor], layer: nn.Module, *inputs: Tensor) -> list[Tensor]:
         output = function(layer, *inputs)
         first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
         total = sum(gradient.square().sum() for gradient in first)
         return [*first, *torch.autograd.grad(total, [*inputs, *layer.parameters()], allow_unused=True)]
 
-    torch.testing.assert_close(penalty(in_chunks), penalty(formula), rtol=1e-8, atol=1e-8)
+    assert_close(penalty(in_chunks, layer, *inputs), penalty(formula, *in_double(layer, *inputs)))
 
 
 def test_transforms_take_the_modules(used: list[str]) -> None:
@@ -196,34 +223,111 @@ def test_dropout_and_autocast_take_the_modules(used: list[str]) -> None:
     assert used == BOTH
 
 
-# ------------------------------------------------------------------------------------------- without gradients
+# ------------------------------------------------------------------------------------------- kernels
 
-needs_kernels = pytest.mark.skipif("cpu" not in extension.KERNELS, reason=f"no CPU kernels: {extension.reason('cpu')}")
+# Channels and hidden features.
+WIDTHS = pytest.mark.parametrize(
+    ("channels", "hidden"), [(16, 40), (12, 7), (256, 1024)], ids=["vectors", "odd numbers", "the usual size"]
+)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many torch has meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize(
-    ("channels", "hidden"), [(16, 40), (12, 7), (256, 1024)], ids=["vectors", "odd numbers", "the usual size"]
-)
+@WIDTHS
 def test_kernels_equal_the_formula(channels: int, hidden: int, threads: int, used: list[str]) -> None:
-    """For two pictures that share positions, and more positions than a block has."""
-    shapes, before = [(5, 7), (15, 33)], torch.get_num_threads()
+    """With and without gradients, for two pictures that share positions, and more positions than a block has."""
+    shapes = [(5, 7), (15, 33)]
     layer = MSDeformAttnTransformerEncoderLayer(channels, hidden, 0.0, n_levels=2, n_heads=4, n_points=3)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=channels**-0.5)
-    x, position = torch.randn(2, 530, channels), torch.randn(1, 530, channels)
+    x, position = (torch.randn(batch, 530, channels, requires_grad=True) for batch in (2, 1))
     points = cell_centres(shapes, x.device)
+
+    def compiled(layer: Any, x: Tensor, position: Tensor) -> Tensor:
+        return layer(x, position, points, shapes)
+
+    def plain(layer: Any, x: Tensor, position: Tensor) -> Tensor:
+        y = layer.norm1(x + layer.self_attn(x + position, points.double(), x, shapes))
+        return layer.norm2(y + layer.linear2(F.relu(layer.linear1(y))))
+
+    expected = gradients(plain, *in_double(layer, x, position))
+    assert_close(gradients(compiled, layer, x, position), expected)
     with torch.inference_mode():
-        y = layer.norm1(x + layer.self_attn(x + position, points, x, shapes))
-        expected = layer.norm2(y + layer.linear2(F.relu(layer.linear1(y))))
-        torch.set_num_threads(threads)
-        try:
-            found = layer(x, position, points, shapes)
-        finally:
-            torch.set_num_threads(before)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    assert used == BOTH
+        assert_close([compiled(layer, x, position)], expected[:1])
+    assert used == 2 * BOTH
+
+
+def beside(*sizes: int) -> Tensor:
+    """Random numbers that others are between in memory."""
+    return torch.randn(*sizes[:-1], 2 * sizes[-1])[..., ::2]
+
+
+def operator_calls(positions: int = POSITIONS, channels: int = CHANNELS, hidden: int = HIDDEN) -> dict[str, Any]:
+    """Arguments of all operators, by name; of gradients some are needed, of each kind."""
+    x, position = beside(2, positions, channels), beside(1, positions, channels)
+    widths = (3, channels, 20)
+    weights, biases = [beside(m, channels) for m in widths], [beside(m) for m in widths]
+    square, row = (channels, channels), (channels,)
+    shapes = (square, row, row, row, (hidden, channels), (hidden,), (channels, hidden), row, row, row)
+    parameters = [0.3 * beside(*shape) for shape in shapes]
+    grad, sum1, sum2, attended = (beside(2, positions, channels) for _ in range(4))
+    grads = [beside(2, positions, m) for m in widths]
+    return {
+        "project_positions": (x, position, weights, biases),
+        "project_positions_backward": (grads, x, position, weights, [True] * 3 + [False, True, False] + [True] * 2),
+        "add_and_feed_forward": (x, attended, parameters, 1e-5, 1e-2, True),
+        "add_and_feed_forward_backward": (
+            *(grad, sum1, sum2, attended, parameters, 1e-5, 1e-2),
+            [True] * 4 + [False] * 2 + [True] * 6,
+        ),
+    }
+
+
+OPERATORS = pytest.mark.parametrize("name", list(operator_calls()))
+
+
+@needs_kernels
+@OPERATORS
+@WIDTHS
+def test_operators_equal_their_plain_forms(name: str, channels: int, hidden: int, threads: int) -> None:
+    arguments = operator_calls(530, channels, hidden)[name]
+    doubled = torch.utils._pytree.tree_map_only(Tensor, Tensor.double, arguments)
+    found = getattr(torch.ops.mask2former, name)(*arguments)
+    assert_close(found, getattr(position_wise._InChunks, name)(*doubled))
+    assert all(map(torch.equal, found, getattr(torch.ops.mask2former, name)(*arguments)))
+
+
+@needs_kernels
+def test_positions_of_each_picture() -> None:
+    grads, x, _, weights, needed = operator_calls()["project_positions_backward"]
+    position = torch.randn(x.shape)
+    found = torch.ops.mask2former.project_positions_backward(grads, x, position, weights, needed)
+    assert_close(found[1:2], [(grads[1] @ weights[1] + grads[2] @ weights[2]).double()])
+
+
+@needs_kernels
+@OPERATORS
+def test_work_of_operators_is_that_of_their_plain_forms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for hidden features that are made again, which the counter isn't to see."""
+    monkeypatch.setattr(position_wise, "make_hidden_again", lambda x, parts, buffer: buffer[: len(x)].zero_())
+    counts = []
+    for form in (torch.ops.mask2former, position_wise._InChunks):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+            getattr(form, name)(*operator_calls()[name])
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def addmm_flops(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
 
 
 @needs_kernels
@@ -255,40 +359,44 @@ def test_kernels_keep_what_is_no_number() -> None:
         assert in_chunks(layer, x, position).isnan().all()
 
 
-def operator_arguments() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Of both operators."""
-    layer, (x, position) = make_layer(dtype=torch.float32), make_inputs(torch.float32)
-    parts = (layer.self_attn.output_proj, layer.norm1, layer.linear1, layer.linear2, layer.norm2)
-    x, position, *parameters = (t.detach() for t in (x, position, *position_wise._parameters(*parts)))
-    weights, biases = [torch.randn(m, CHANNELS) for m in (3, 20)], [torch.randn(m) for m in (3, 20)]
-    return (x, position, weights, biases), (x, x.neg(), parameters, 1e-5, 1e-5)
-
-
 @needs_kernels
-def test_operators_keep_to_their_schemas() -> None:
-    operators = torch.ops.mask2former
-    first, second = operator_arguments()
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operators.project_positions, first, test_utils=tests)
-    torch.library.opcheck(operators.add_and_feed_forward, second, test_utils=tests)
+@OPERATORS
+def test_operators_keep_to_their_schemas(name: str) -> None:
+    operator = getattr(torch.ops.mask2former, name)
+    torch.library.opcheck(operator, operator_calls()[name], test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_kernels
 def test_arguments_that_do_not_fit() -> None:
     """The operators say so, and reach nowhere."""
-    operators = torch.ops.mask2former
-    (x, position, weights, biases), (_, attended, parameters, *eps) = operator_arguments()
-    for message, call in (
-        ("x must be Float", lambda: operators.project_positions(x.double(), position, weights, biases)),
-        (r"position must be \(B or 1", lambda: operators.project_positions(x, x[:0], weights, biases)),
-        ("position must be Float", lambda: operators.project_positions(x, position[:, :5], weights, biases)),
-        ("one layer or more", lambda: operators.project_positions(x, position, weights, biases[:1])),
-        ("biases must be Float", lambda: operators.project_positions(x, position, weights, biases[::-1])),
-        ("weights must be Float", lambda: operators.project_positions(x, position, [w.T for w in weights], biases)),
-        ("attended must be Float", lambda: operators.add_and_feed_forward(x, attended[:1], parameters, *eps)),
-        ("five parts", lambda: operators.add_and_feed_forward(x, attended, parameters[:9], *eps)),
-        ("third a matrix", lambda: operators.add_and_feed_forward(x, attended, parameters[::-1], *eps)),
-        ("parameters must be Float", lambda: operators.add_and_feed_forward(x[..., 1:], x[..., 1:], parameters, *eps)),
+    operators, calls = torch.ops.mask2former, operator_calls()
+
+    def change(name: str, index: int, argument: Any) -> None:
+        getattr(operators, name)(*calls[name][:index], argument, *calls[name][index + 1 :])
+
+    x, position, weights, biases = calls["project_positions"]
+    _, attended, parameters, *_ = calls["add_and_feed_forward"]
+    grads, grad = calls["project_positions_backward"][0], calls["add_and_feed_forward_backward"][0]
+    for message, name, index, argument in (
+        ("x must be Float", "project_positions", 0, x.double()),
+        (r"position must be \(B or 1", "project_positions", 1, x[:0]),
+        ("position must be Float", "project_positions", 1, position[:, :5]),
+        ("one layer or more", "project_positions", 2, []),
+        ("as many biases", "project_positions", 3, biases[:1]),
+        ("biases must be Float", "project_positions", 3, biases[::-1]),
+        ("weights must be Float", "project_positions", 2, [weight.T for weight in weights]),
+        ("grads must be Float", "project_positions_backward", 0, grads[::-1]),
+        ("3 grads", "project_positions_backward", 0, grads[:2]),
+        ("8 needed", "project_positions_backward", 4, [True] * 7),
+        ("attended must be Float", "add_and_feed_forward", 1, attended[:1]),
+        ("five parts", "add_and_feed_forward", 2, parameters[:9]),
+        ("third a matrix", "add_and_feed_forward", 2, parameters[::-1]),
+        ("parameters must be Float", "add_and_feed_forward", 2, [parameters[0].double(), *parameters[1:]]),
+        (r"grad must be \(B, S, C\)", "add_and_feed_forward_backward", 0, grad[0]),
+        ("sum1 must be Float", "add_and_feed_forward_backward", 1, grad[:, 1:]),
+        ("sum2 must be Float", "add_and_feed_forward_backward", 2, grad.double()),
+        ("attended must be Float", "add_and_feed_forward_backward", 3, grad[:1]),
+        ("12 gradients", "add_and_feed_forward_backward", 7, [True] * 10),
     ):
         with pytest.raises(RuntimeError, match=message):
-            call()
+            change(name, index, argument)

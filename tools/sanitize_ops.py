@@ -5,9 +5,9 @@ Builds them with GCC's sanitizers in a temporary folder, about a minute; what is
 capability of this CPU goes through the operators. Deformable attention, forward and backward, plain and fused, in all
 four dtypes: usual and odd sizes, none at all, places far outside, NaN and infinity, parts of larger tensors, more
 threads than heads. Results of masks: sizes around that of a tile, none at all, NaN and infinity, parts of larger
-tensors. Position-wise layers: numbers of positions around that of a block, widths around that of a vector. Masks at
-points: numbers of points around those that kernels take together, far outside, NaN and infinity. Convolutions: sizes
-around that of a tile, widths around that of a vector.
+tensors. Position-wise layers, forward and backward: numbers of positions around that of a block, widths around that
+of a vector. Masks at points: numbers of points around those that kernels take together, far outside, NaN and infinity.
+Convolutions: sizes around that of a tile, widths around that of a vector.
 
 Exits with 1 where something was found, and shows it.
 
@@ -188,18 +188,22 @@ def go_through_strip(masks: int, rows: int, columns: int, parts: bool) -> int:
 
 
 def go_through_position_wise(batch: int, positions: int, channels: int, hidden: int) -> int:
-    """Both operators on random numbers; -> number of passes."""
+    """The operators on random numbers; -> number of passes."""
     torch.manual_seed(0)
     x, position = torch.randn(batch, positions, channels), torch.randn(1, positions, channels)
     operators = torch.ops.mask2former
     widths = (channels, 3, 2 * channels)
-    operators.project_positions(
-        x, position, [torch.randn(m, channels) for m in widths], [torch.randn(m) for m in widths]
-    )
+    weights, biases = [torch.randn(m, channels) for m in widths], [torch.randn(m) for m in widths]
+    results = operators.project_positions(x, position, weights, biases)
     square, row = (channels, channels), (channels,)
     shapes = (square, row, row, row, (hidden, channels), (hidden,), (channels, hidden), row, row, row)
-    operators.add_and_feed_forward(x, x, [torch.randn(shape) for shape in shapes], 1e-5, 1e-5)
-    return 2
+    parameters = [torch.randn(shape) for shape in shapes]
+    operators.add_and_feed_forward(x, x, parameters, 1e-5, 1e-5, False)
+    result, *sums = operators.add_and_feed_forward(x, x, parameters, 1e-5, 1e-5, True)
+    for needed in (True, False):
+        operators.project_positions_backward(results, x, position, weights, [needed] * 8)
+        operators.add_and_feed_forward_backward(result, *sums, x, parameters, 1e-5, 1e-5, [needed] * 12)
+    return 7
 
 
 def go_through_convolution(batch: int, channels: int, outputs: int, height: int, width: int) -> int:

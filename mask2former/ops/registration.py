@@ -7,8 +7,9 @@ loaded.
 points, offsets and logits.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -235,20 +236,73 @@ def _fake_project(x: Tensor, position: Tensor, weights: list[Tensor], biases: li
     return [x.new_empty(*x.shape[:2], weight.shape[0]) for weight in weights]
 
 
+@torch.library.register_fake("mask2former::project_positions_backward")
+def _fake_project_backward(
+    grads: list[Tensor], x: Tensor, position: Tensor, weights: list[Tensor], needed: list[bool]
+) -> list[Tensor]:
+    inputs = [x.shape, position.shape, *(weight.shape for weight in weights), *(weight.shape[:1] for weight in weights)]
+    return [x.new_empty(shape) for shape, wanted in zip(inputs, needed, strict=True) if wanted]
+
+
 @torch.library.register_fake("mask2former::add_and_feed_forward")
-def _fake_feed_forward(x: Tensor, attended: Tensor, parameters: list[Tensor], eps1: float, eps2: float) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake_feed_forward(
+    x: Tensor, attended: Tensor, parameters: list[Tensor], eps1: float, eps2: float, with_sums: bool
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for _ in range(3 if with_sums else 1)]
+
+
+@torch.library.register_fake("mask2former::add_and_feed_forward_backward")
+def _fake_feed_forward_backward(
+    grad: Tensor,
+    sum1: Tensor,
+    sum2: Tensor,
+    attended: Tensor,
+    parameters: list[Tensor],
+    eps1: float,
+    eps2: float,
+    needed: list[bool],
+) -> list[Tensor]:
+    inputs = (grad, attended, *parameters)
+    return [x.new_empty(x.shape) for x, wanted in zip(inputs, needed, strict=True) if wanted]
 
 
 @register_flop_formula(torch.ops.mask2former.project_positions)
 def _project_flops(x: Sequence[int], position: Sequence[int], weights: Any, *_: Any, **__: Any) -> int:
     """For torch's counter, from shapes: two operations for each weight and position."""
-    return 2 * math.prod(x[:2]) * sum(math.prod(weight) for weight in weights)
+    return _product_flops(x, weights)
+
+
+@register_flop_formula(torch.ops.mask2former.project_positions_backward)
+def _project_backward_flops(
+    grads: Any, x: Sequence[int], position: Sequence[int], weights: Any, needed: Sequence[bool], **_: Any
+) -> int:
+    """As many for gradients of what weights are multiplied with, and for those of weights that have one."""
+    return _product_flops(x, weights) + _product_flops(x, itertools.compress(weights, needed[2:]))
 
 
 @register_flop_formula(torch.ops.mask2former.add_and_feed_forward)
 def _feed_forward_flops(x: Sequence[int], attended: Sequence[int], parameters: Any, *_: Any, **__: Any) -> int:
-    """Likewise; parameters that are no matrices take none."""
+    return _product_flops(x, parameters)
+
+
+@register_flop_formula(torch.ops.mask2former.add_and_feed_forward_backward)
+def _feed_forward_backward_flops(
+    grad: Sequence[int],
+    sum1: Any,
+    sum2: Any,
+    attended: Any,
+    parameters: Any,
+    eps1: Any,
+    eps2: Any,
+    needed: Any,
+    **_: Any,
+) -> int:
+    """Without those that make hidden features again, which is no work that has to be done."""
+    return _product_flops(grad, parameters) + _product_flops(grad, itertools.compress(parameters, needed[2:]))
+
+
+def _product_flops(x: Sequence[int], parameters: Iterable[Sequence[int]]) -> int:
+    """Of products of rows x (B, S, C) and parameters, where those that are no matrices take none."""
     return 2 * math.prod(x[:2]) * sum(math.prod(shape) for shape in parameters if len(shape) == 2)
 
 

@@ -1,10 +1,14 @@
 // Position-wise layers on CPU tensors: blocks of positions go through all products and what is between them on one
 // thread each, in memory that its second cache holds.
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,7 +23,8 @@ namespace {
 
 using at::Tensor;
 
-// Of a block, in float32 with 1024 hidden features a megabyte; products of fewer are slower.
+// Of a block, in float32 with 1024 hidden features a megabyte; products of fewer are slower, and gradients of weights are
+// read and written once a block.
 constexpr int64_t BLOCK_ROWS = 256;
 
 void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
@@ -28,30 +33,52 @@ void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
               tensor.device(), " and has shape ", tensor.sizes());
 }
 
-// Calls function(first, last, workspace) for blocks of `count` rows, on all threads. A workspace has `floats` for each
-// row of a block.
-template <typename Function>
-void for_blocks(int64_t count, int64_t floats, Function function) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t rows = std::max<int64_t>(1, std::min(BLOCK_ROWS, divide_up(count, threads)));
-  at::parallel_for(0, divide_up(count, rows), 1, [&](int64_t begin, int64_t end) {
-    Memory workspace(size_t(rows * floats) * sizeof(float));
-    float* const numbers = static_cast<float*>(workspace.get());
-    for (int64_t block = begin; block < end; ++block)
-      function(block * rows, std::min(count, (block + 1) * rows), numbers);
-  });
-}
+// Rows in blocks, and blocks in shares, one for each thread at most. Which rows are in which share, and in which order,
+// depends on the numbers of rows and threads alone.
+class Blocks {
+ public:
+  explicit Blocks(int64_t count) : count_(count) {
+    const int64_t threads = at::get_num_threads();
+    rows_ = std::max<int64_t>(1, std::min(BLOCK_ROWS, divide_up(count, threads)));
+    blocks_ = divide_up(count, rows_);
+    shares_ = std::min(threads, blocks_);
+  }
+
+  int64_t shares() const { return shares_; }
+
+  // Calls function(first, last, share, workspace) for all blocks, on all threads. A workspace has `floats` for each row
+  // of a block.
+  template <typename Function>
+  void run(int64_t floats, Function function) const {
+    at::parallel_for(0, shares_, 1, [&](int64_t begin, int64_t end) {
+      Memory workspace(size_t(rows_ * floats) * sizeof(float));
+      float* const numbers = static_cast<float*>(workspace.get());
+      for (int64_t share = begin; share < end; ++share)
+        for (int64_t block = share * blocks_ / shares_; block < (share + 1) * blocks_ / shares_; ++block)
+          function(block * rows_, std::min(count_, (block + 1) * rows_), share, numbers);
+    });
+  }
+
+ private:
+  int64_t count_, rows_, blocks_, shares_;
+};
 
 // A matrix (rows, columns) in memory: a tensor of the thread that made it, whatever mode another one is in.
 Tensor matrix(const float* data, int64_t rows, int64_t columns) {
   return at::from_blob(const_cast<float*>(data), {rows, columns}, at::TensorOptions(at::kFloat));
 }
+Tensor matrix(const Tensor& weight) {
+  return matrix(weight.const_data_ptr<float>(), weight.size(0), weight.size(1));
+}
 
-// x (n, columns of weight) times the transposed weight, without the layer's bias, to (n, rows of weight).
-void product(const float* x, int64_t rows, const Tensor& weight, float* to) {
-  const Tensor w = matrix(weight.const_data_ptr<float>(), weight.size(0), weight.size(1));
-  Tensor result = matrix(to, rows, weight.size(0));
-  at::mm_out(result, matrix(x, rows, weight.size(1)), w.t());
+// a times b, to memory or added to what is in it.
+void multiply(const Tensor& a, const Tensor& b, float* to) {
+  Tensor result = matrix(to, a.size(0), b.size(1));
+  at::mm_out(result, a, b);
+}
+void add_product(const Tensor& a, const Tensor& b, float* to) {
+  Tensor result = matrix(to, a.size(0), b.size(1));
+  at::addmm_out(result, result, a, b);
 }
 
 std::vector<Tensor> contiguous(at::TensorList tensors) {
@@ -60,88 +87,291 @@ std::vector<Tensor> contiguous(at::TensorList tensors) {
   return result;
 }
 
-std::vector<Tensor> project_positions(const Tensor& x_, const Tensor& position_, at::TensorList weights_,
-                                      at::TensorList biases_) {
-  TORCH_CHECK(x_.dim() == 3, "x must be (B, S, C), but has shape ", x_.sizes());
-  const int64_t batch = x_.size(0), positions = x_.size(1), channels = x_.size(2);
-  check(x_, x_.sizes(), "x");
-  TORCH_CHECK(position_.dim() == 3 && (position_.size(0) == batch || position_.size(0) == 1),
-              "position must be (B or 1, S, C) with B ", batch, ", but has shape ", position_.sizes());
-  check(position_, {position_.size(0), positions, channels}, "position");
-  TORCH_CHECK(!weights_.empty() && weights_.size() == biases_.size(),
-              "weights and biases must be those of one layer or more, but are ", weights_.size(), " and ",
-              biases_.size());
-  const Tensor x = x_.contiguous(), position = position_.contiguous();
-  const std::vector<Tensor> weights = contiguous(weights_), biases = contiguous(biases_);
-  std::vector<Tensor> results;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    TORCH_CHECK(weights[i].dim() == 2, "weights must be matrices, but one has shape ", weights[i].sizes());
-    check(weights[i], {weights[i].size(0), channels}, "weights");
-    check(biases[i], {weights[i].size(0)}, "biases");
-    results.push_back(at::empty({batch, positions, weights[i].size(0)}, x.options()));
+// Gradients of parameters, added up. Each share of blocks has its own, so that no threads meet. Those of vectors, which
+// kernels make along with something else, are made whether they are needed or not.
+class GradientSums {
+ public:
+  GradientSums(const std::vector<Tensor>& parameters, const std::vector<bool>& needed, int64_t shares)
+      : needed_(needed.end() - int64_t(parameters.size()), needed.end()) {
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      std::vector<int64_t> sizes = parameters[i].sizes().vec();
+      sizes.insert(sizes.begin(), needed_[i] || sizes.size() == 1 ? shares : 0);
+      sums_.push_back(at::zeros(sizes, parameters[i].options()));
+      data_.push_back(sums_.back().mutable_data_ptr<float>());
+      steps_.push_back(parameters[i].numel());
+    }
   }
-  std::vector<float*> to;
-  for (Tensor& result : results) to.push_back(result.mutable_data_ptr<float>());
-  const float* const from = x.const_data_ptr<float>();
-  const float* const placing = position.const_data_ptr<float>();
-  const int64_t cycle = position.size(0) * positions;  // rows of position
-  for_blocks(batch * positions, channels, [&](int64_t first, int64_t last, float* placed) {
-    const int64_t rows = last - first;
+
+  float* of(size_t parameter, int64_t share) const { return data_[parameter] + share * steps_[parameter]; }
+
+  // That of a weight (M, C) which of rows (n, C) made something with the gradient grad (n, M).
+  void add_weight(size_t weight, int64_t share, const Tensor& grad, const Tensor& rows) const {
+    if (needed_[weight]) add_product(grad.t(), rows, of(weight, share));
+  }
+
+  // Those that are needed, in order.
+  void append_totals(std::vector<Tensor>& results) const {
+    for (size_t i = 0; i < sums_.size(); ++i)
+      if (needed_[i]) results.push_back(sums_[i].sum(0));
+  }
+
+ private:
+  std::vector<bool> needed_;
+  std::vector<Tensor> sums_;
+  std::vector<float*> data_;
+  std::vector<int64_t> steps_;
+};
+
+// Of layers that see x (B, S, C) or x + position.
+struct ProjectionArguments {
+  ProjectionArguments(const Tensor& x, const Tensor& position, at::TensorList weights) {
+    TORCH_CHECK(x.dim() == 3, "x must be (B, S, C), but has shape ", x.sizes());
+    batch = x.size(0), positions = x.size(1), channels = x.size(2);
+    check(x, x.sizes(), "x");
+    TORCH_CHECK(position.dim() == 3 && (position.size(0) == batch || position.size(0) == 1),
+                "position must be (B or 1, S, C) with B ", batch, ", but has shape ", position.sizes());
+    check(position, {position.size(0), positions, channels}, "position");
+    TORCH_CHECK(!weights.empty(), "there must be weights of one layer or more");
+    for (const Tensor& weight : weights) {
+      TORCH_CHECK(weight.dim() == 2, "weights must be matrices, but one has shape ", weight.sizes());
+      check(weight, {weight.size(0), channels}, "weights");
+    }
+    this->x = x.contiguous();
+    this->position = position.contiguous();
+    this->weights = contiguous(weights);
+    rows = this->x.const_data_ptr<float>();
+    row_positions = this->position.const_data_ptr<float>();
+  }
+
+  // Rows of x + position.
+  void place(int64_t first, int64_t last, float* placed) const {
+    const int64_t cycle = position.size(0) * positions;  // rows of position
     for (int64_t row = first; row < last; ++row)
       for (int64_t c = 0; c < channels; ++c)
-        placed[(row - first) * channels + c] = from[row * channels + c] + placing[row % cycle * channels + c];
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const int64_t columns = weights[i].size(0);
-      product(i == 0 ? from + first * channels : placed, rows, weights[i], to[i] + first * columns);
-      kernels().position_wise.add_bias(to[i] + first * columns, biases[i].const_data_ptr<float>(), rows, columns);
+        placed[(row - first) * channels + c] = rows[row * channels + c] + row_positions[row % cycle * channels + c];
+  }
+
+  int64_t batch, positions, channels;
+  Tensor x, position;
+  std::vector<Tensor> weights;
+  const float* rows;
+  const float* row_positions;
+};
+
+std::vector<Tensor> project_positions(const Tensor& x, const Tensor& position, at::TensorList weights,
+                                      at::TensorList biases_) {
+  const ProjectionArguments all(x, position, weights);
+  TORCH_CHECK(weights.size() == biases_.size(), "there must be as many biases as weights, ", weights.size(),
+              ", but there are ", biases_.size());
+  const std::vector<Tensor> biases = contiguous(biases_);
+  std::vector<Tensor> results;
+  std::vector<float*> to;
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const int64_t columns = weights[i].size(0);
+    check(biases[i], {columns}, "biases");
+    results.push_back(at::empty({all.batch, all.positions, columns}, all.x.options()));
+    to.push_back(results[i].mutable_data_ptr<float>());
+  }
+  const int64_t channels = all.channels;
+  const Blocks blocks(all.batch * all.positions);
+  blocks.run(channels, [&](int64_t first, int64_t last, int64_t, float* placed) {
+    all.place(first, last, placed);
+    for (size_t i = 0; i < biases.size(); ++i) {
+      const int64_t columns = biases[i].size(0);
+      float* const result = to[i] + first * columns;
+      multiply(matrix(i == 0 ? all.rows + first * channels : placed, last - first, channels),
+               matrix(all.weights[i]).t(), result);
+      kernels().position_wise.add_bias(result, biases[i].const_data_ptr<float>(), last - first, columns);
     }
   });
   return results;
 }
 
-Tensor add_and_feed_forward(const Tensor& x_, const Tensor& attended_, at::TensorList parameters_, double eps1,
-                            double eps2) {
+std::vector<Tensor> project_positions_backward(at::TensorList grads_, const Tensor& x, const Tensor& position,
+                                               at::TensorList weights, const c10::List<bool>& needed_) {
+  const std::vector<bool> needed = needed_.vec();
+  const ProjectionArguments all(x, position, weights);
+  const size_t count = weights.size();
+  TORCH_CHECK(grads_.size() == count && needed.size() == 2 + 2 * count, "there must be ", count, " grads and ",
+              2 + 2 * count, " needed, but there are ", grads_.size(), " and ", needed.size());
+  const std::vector<Tensor> grads = contiguous(grads_);
+  std::vector<Tensor> parameters = all.weights;
+  for (size_t i = 0; i < count; ++i) {
+    check(grads[i], {all.batch, all.positions, weights[i].size(0)}, "grads");
+    parameters.push_back(at::empty({weights[i].size(0)}, all.x.options()));
+  }
+  const Blocks blocks(all.batch * all.positions);
+  const GradientSums sums(parameters, needed, blocks.shares());
+  const Tensor grad_x = at::empty(all.x.sizes(), all.x.options());
+  const Tensor grad_placed = needed[1] ? at::empty(all.x.sizes(), all.x.options()) : grad_x;
+  float* const to_x = grad_x.mutable_data_ptr<float>();
+  float* const to_placed = grad_placed.mutable_data_ptr<float>();
+  const int64_t channels = all.channels;
+  blocks.run(channels, [&](int64_t first, int64_t last, int64_t share, float* placed) {
+    const int64_t rows = last - first, start = first * channels, end = last * channels;
+    all.place(first, last, placed);
+    std::vector<Tensor> here;
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t columns = weights[i].size(0);
+      const float* const grad = grads[i].const_data_ptr<float>() + first * columns;
+      here.push_back(matrix(grad, rows, columns));
+      sums.add_weight(i, share, here[i], matrix(i == 0 ? all.rows + start : placed, rows, channels));
+      kernels().position_wise.add_rows(grad, sums.of(count + i, share), rows, columns);
+    }
+    // What the sum of x and position gets is the position's gradient, and a part of that of x.
+    std::fill(to_placed + start, to_placed + end, 0.0f);
+    for (size_t i = 1; i < count; ++i) add_product(here[i], matrix(all.weights[i]), to_placed + start);
+    if (to_x != to_placed) std::copy(to_placed + start, to_placed + end, to_x + start);
+    add_product(here[0], matrix(all.weights[0]), to_x + start);
+  });
+  std::vector<Tensor> results;
+  if (needed[0]) results.push_back(grad_x);
+  if (needed[1]) results.push_back(all.position.size(0) == all.batch ? grad_placed : grad_placed.sum(0, true));
+  sums.append_totals(results);
+  return results;
+}
+
+// In the order in which they are used.
+enum Parameter {
+  OUTPUT,
+  OUTPUT_BIAS,
+  NORM1,
+  NORM1_BIAS,
+  LINEAR1,
+  LINEAR1_BIAS,
+  LINEAR2,
+  LINEAR2_BIAS,
+  NORM2,
+  NORM2_BIAS,
+  PARAMETERS
+};
+
+// Parameters of what comes after attention.
+struct FeedForwardParameters {
+  FeedForwardParameters(at::TensorList parameters, int64_t channels, double eps1, double eps2) : channels(channels) {
+    TORCH_CHECK(parameters.size() == PARAMETERS && parameters[LINEAR1].dim() == 2,
+                "parameters must be weight and bias of five parts, the third a matrix, but are ", parameters.size());
+    hidden = parameters[LINEAR1].size(0);
+    tensors = contiguous(parameters);
+    const std::vector<std::vector<int64_t>> shapes = {{channels, channels}, {channels}, {channels}, {channels},
+                                                      {hidden, channels},   {hidden},   {channels, hidden},
+                                                      {channels},           {channels}, {channels}};
+    for (size_t i = 0; i < PARAMETERS; ++i) {
+      check(tensors[i], shapes[i], "parameters");
+      data.push_back(tensors[i].const_data_ptr<float>());
+    }
+    norm1 = {data[NORM1], data[NORM1_BIAS], float(eps1)};
+    norm2 = {data[NORM2], data[NORM2_BIAS], float(eps2)};
+  }
+
+  // Hidden features (n, F) of rows (n, C).
+  void make_hidden(const Tensor& rows, float* features) const {
+    multiply(rows, matrix(tensors[LINEAR1]).t(), features);
+    kernels().position_wise.add_bias_and_relu(features, data[LINEAR1_BIAS], rows.size(0), hidden);
+  }
+
+  int64_t channels, hidden;
+  std::vector<Tensor> tensors;
+  std::vector<const float*> data;
+  Norm norm1, norm2;
+};
+
+std::vector<Tensor> add_and_feed_forward(const Tensor& x_, const Tensor& attended_, at::TensorList parameters,
+                                         double eps1, double eps2, bool with_sums) {
   TORCH_CHECK(x_.dim() == 3, "x must be (B, S, C), but has shape ", x_.sizes());
   const int64_t channels = x_.size(2);
   check(x_, x_.sizes(), "x");
   check(attended_, x_.sizes(), "attended");
-  TORCH_CHECK(parameters_.size() == 10 && parameters_[4].dim() == 2,
-              "parameters must be weight and bias of five parts, the third a matrix, but are ", parameters_.size());
-  const int64_t hidden = parameters_[4].size(0);
-  const std::vector<Tensor> parameters = contiguous(parameters_);
-  const std::vector<std::vector<int64_t>> shapes = {{channels, channels}, {channels}, {channels}, {channels},
-                                                    {hidden, channels},   {hidden},   {channels, hidden},
-                                                    {channels},           {channels}, {channels}};
-  std::vector<const float*> data;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    check(parameters[i], shapes[i], "parameters");
-    data.push_back(parameters[i].const_data_ptr<float>());
-  }
-  const Norm norm1{data[2], data[3], float(eps1)}, norm2{data[8], data[9], float(eps2)};
+  const FeedForwardParameters parts(parameters, channels, eps1, eps2);
   const Tensor x = x_.contiguous(), attended = attended_.contiguous();
-  Tensor result = at::empty(x.sizes(), x.options());
-  float* const to = result.mutable_data_ptr<float>();
+  std::vector<Tensor> results;
+  float* to[3];
+  for (int i = 0; i < (with_sums ? 3 : 1); ++i) {
+    results.push_back(at::empty(x.sizes(), x.options()));
+    to[i] = results[i].mutable_data_ptr<float>();
+  }
   const float* const residual = x.const_data_ptr<float>();
   const float* const added = attended.const_data_ptr<float>();
   const PositionWiseKernels& kernel = kernels().position_wise;
-  for_blocks(x.size(0) * x.size(1), channels + hidden, [&](int64_t first, int64_t last, float* normed) {
+  const Blocks blocks(x.size(0) * x.size(1));
+  blocks.run(channels + parts.hidden, [&](int64_t first, int64_t last, int64_t, float* normed) {
     const int64_t rows = last - first, start = first * channels;
     float* const features = normed + rows * channels;
-    product(added + start, rows, parameters[0], normed);
-    kernel.add_and_norm(normed, residual + start, data[1], norm1, rows, channels);
-    product(normed, rows, parameters[4], features);
-    kernel.add_bias_and_relu(features, data[5], rows, hidden);
-    product(features, rows, parameters[6], to + start);
-    kernel.add_and_norm(to + start, normed, data[7], norm2, rows, channels);
+    float* const result = to[0] + start;
+    float* const sum1 = with_sums ? to[1] + start : normed;
+    float* const sum2 = with_sums ? to[2] + start : result;
+    multiply(matrix(added + start, rows, channels), matrix(parts.tensors[OUTPUT]).t(), sum1);
+    kernel.add_and_norm(sum1, residual + start, parts.data[OUTPUT_BIAS], parts.norm1, normed, rows, channels);
+    parts.make_hidden(matrix(normed, rows, channels), features);
+    multiply(matrix(features, rows, parts.hidden), matrix(parts.tensors[LINEAR2]).t(), sum2);
+    kernel.add_and_norm(sum2, normed, parts.data[LINEAR2_BIAS], parts.norm2, result, rows, channels);
   });
-  return result;
+  return results;
+}
+
+std::vector<Tensor> add_and_feed_forward_backward(const Tensor& grad_, const Tensor& sum1_, const Tensor& sum2_,
+                                                  const Tensor& attended_, at::TensorList parameters, double eps1,
+                                                  double eps2, const c10::List<bool>& needed_) {
+  const std::vector<bool> needed = needed_.vec();
+  TORCH_CHECK(grad_.dim() == 3, "grad must be (B, S, C), but has shape ", grad_.sizes());
+  const int64_t channels = grad_.size(2);
+  check(grad_, grad_.sizes(), "grad");
+  check(sum1_, grad_.sizes(), "sum1");
+  check(sum2_, grad_.sizes(), "sum2");
+  check(attended_, grad_.sizes(), "attended");
+  const FeedForwardParameters parts(parameters, channels, eps1, eps2);
+  TORCH_CHECK(needed.size() == 2 + PARAMETERS, "needed must be of 12 gradients, but is of ", needed.size());
+  const int64_t hidden = parts.hidden;
+  const Tensor grad = grad_.contiguous(), sum1 = sum1_.contiguous(), sum2 = sum2_.contiguous();
+  const Tensor attended = attended_.contiguous();
+  const Blocks blocks(grad.size(0) * grad.size(1));
+  const GradientSums sums(parts.tensors, needed, blocks.shares());
+  const Tensor grad_x = at::empty(grad.sizes(), grad.options());
+  const Tensor grad_attended = at::empty(needed[1] ? grad.sizes() : at::IntArrayRef{0}, grad.options());
+  const float* const from = grad.const_data_ptr<float>();
+  const float* const before1 = sum1.const_data_ptr<float>();
+  const float* const before2 = sum2.const_data_ptr<float>();
+  const float* const added = attended.const_data_ptr<float>();
+  float* const to_x = grad_x.mutable_data_ptr<float>();
+  float* const to_attended = grad_attended.mutable_data_ptr<float>();
+  const PositionWiseKernels& kernel = kernels().position_wise;
+  blocks.run(2 * (channels + hidden), [&](int64_t first, int64_t last, int64_t share, float* normed_rows) {
+    const int64_t rows = last - first, start = first * channels;
+    float* const of_normed = normed_rows + rows * channels;
+    float* const feature_rows = of_normed + rows * channels;
+    float* const of_features = feature_rows + rows * hidden;
+    const NormSums sums1{sums.of(NORM1, share), sums.of(NORM1_BIAS, share), sums.of(OUTPUT_BIAS, share)};
+    const NormSums sums2{sums.of(NORM2, share), sums.of(NORM2_BIAS, share), sums.of(LINEAR2_BIAS, share)};
+    const Tensor normed = matrix(normed_rows, rows, channels), features = matrix(feature_rows, rows, hidden);
+    const Tensor grad2 = matrix(of_normed, rows, channels), grad1 = matrix(to_x + start, rows, channels);
+    const Tensor grad_features = matrix(of_features, rows, hidden);
+
+    kernel.norm_backward(from + start, before2 + start, parts.norm2, of_normed, sums2, rows, channels);
+    kernel.layer_norm(before1 + start, parts.norm1, normed_rows, rows, channels);
+    parts.make_hidden(normed, feature_rows);
+    sums.add_weight(LINEAR2, share, grad2, features);
+    multiply(grad2, matrix(parts.tensors[LINEAR2]), of_features);
+    kernel.relu_backward(of_features, feature_rows, sums.of(LINEAR1_BIAS, share), rows, hidden);
+    sums.add_weight(LINEAR1, share, grad_features, normed);
+    add_product(grad_features, matrix(parts.tensors[LINEAR1]), of_normed);
+    kernel.norm_backward(of_normed, before1 + start, parts.norm1, to_x + start, sums1, rows, channels);
+    sums.add_weight(OUTPUT, share, grad1, matrix(added + start, rows, channels));
+    if (needed[1]) multiply(grad1, matrix(parts.tensors[OUTPUT]), to_attended + start);
+  });
+  std::vector<Tensor> results;
+  if (needed[0]) results.push_back(grad_x);
+  if (needed[1]) results.push_back(grad_attended);
+  sums.append_totals(results);
+  return results;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("project_positions", project_positions);
+  m.impl("project_positions_backward", project_positions_backward);
   m.impl("add_and_feed_forward", add_and_feed_forward);
+  m.impl("add_and_feed_forward_backward", add_and_feed_forward_backward);
 }
 
 }  // namespace cpu
