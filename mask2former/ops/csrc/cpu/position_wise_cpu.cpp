@@ -23,8 +23,8 @@ namespace {
 
 using at::Tensor;
 
-// Of a block, in float32 with 1024 hidden features a megabyte; products of fewer are slower, and gradients of weights are
-// read and written once a block.
+// Of a block at most, in float32 with 1024 hidden features a megabyte; products of fewer are slower, and gradients of
+// weights are read and written once a block.
 constexpr int64_t BLOCK_ROWS = 256;
 
 void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
@@ -39,7 +39,9 @@ class Blocks {
  public:
   explicit Blocks(int64_t count) : count_(count) {
     const int64_t threads = at::get_num_threads();
-    rows_ = std::max<int64_t>(1, std::min(BLOCK_ROWS, divide_up(count, threads)));
+    // As many blocks for each thread, so that none waits for another's last one.
+    const int64_t of_each_thread = std::max<int64_t>(1, divide_up(count, BLOCK_ROWS * threads));
+    rows_ = std::max<int64_t>(1, divide_up(count, of_each_thread * threads));
     blocks_ = divide_up(count, rows_);
     shares_ = std::min(threads, blocks_);
   }
