@@ -126,5 +126,5 @@ void norm_backward(const float* grad, const float* x, const Norm& norm, float* g
   }
 }
 
-constexpr PositionWiseKernels POSITION_WISE_KERNELS{add_bias,     add_bias_and_relu, add_and_norm, layer_norm,
+constexpr PositionWiseKernels POSITION_WISE_KERNELS{add_bias, add_bias_and_relu, add_and_norm, layer_norm,
                                                     add_rows, relu_backward,     norm_backward};

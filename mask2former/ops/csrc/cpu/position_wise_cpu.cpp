@@ -33,22 +33,30 @@ void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
               tensor.device(), " and has shape ", tensor.sizes());
 }
 
+// Rows [first, last).
+struct Block {
+  int64_t first, last, index, share;
+
+  int64_t rows() const { return last - first; }
+};
+
 // Rows in blocks, and blocks in shares, one for each thread at most. Which rows are in which share, and in which order,
 // depends on the numbers of rows and threads alone.
 class Blocks {
  public:
-  explicit Blocks(int64_t count) : count_(count) {
+  explicit Blocks(int64_t all_rows) : all_rows_(all_rows) {
     const int64_t threads = at::get_num_threads();
     // As many blocks for each thread, so that none waits for another's last one.
-    const int64_t of_each_thread = std::max<int64_t>(1, divide_up(count, BLOCK_ROWS * threads));
-    rows_ = std::max<int64_t>(1, divide_up(count, of_each_thread * threads));
-    blocks_ = divide_up(count, rows_);
+    const int64_t of_each_thread = std::max<int64_t>(1, divide_up(all_rows, BLOCK_ROWS * threads));
+    rows_ = std::max<int64_t>(1, divide_up(all_rows, of_each_thread * threads));
+    blocks_ = divide_up(all_rows, rows_);
     shares_ = std::min(threads, blocks_);
   }
 
+  int64_t count() const { return blocks_; }
   int64_t shares() const { return shares_; }
 
-  // Calls function(first, last, share, workspace) for all blocks, on all threads. A workspace has `floats` for each row
+  // Calls function(block, workspace) for all blocks, on all threads. A workspace has `floats` for each row
   // of a block.
   template <typename Function>
   void run(int64_t floats, Function function) const {
@@ -56,13 +64,13 @@ class Blocks {
       Memory workspace(size_t(rows_ * floats) * sizeof(float));
       float* const numbers = static_cast<float*>(workspace.get());
       for (int64_t share = begin; share < end; ++share)
-        for (int64_t block = share * blocks_ / shares_; block < (share + 1) * blocks_ / shares_; ++block)
-          function(block * rows_, std::min(count_, (block + 1) * rows_), share, numbers);
+        for (int64_t i = share * blocks_ / shares_; i < (share + 1) * blocks_ / shares_; ++i)
+          function(Block{i * rows_, std::min(all_rows_, (i + 1) * rows_), i, share}, numbers);
     });
   }
 
  private:
-  int64_t count_, rows_, blocks_, shares_;
+  int64_t all_rows_, rows_, blocks_, shares_;
 };
 
 // A matrix (rows, columns) in memory: a tensor of the thread that made it, whatever mode another one is in.
@@ -89,26 +97,29 @@ std::vector<Tensor> contiguous(at::TensorList tensors) {
   return result;
 }
 
-// Gradients of parameters, added up. Each share of blocks has its own, so that no threads meet. Those of vectors, which
-// kernels make along with something else, are made whether they are needed or not.
+// Gradients of parameters, added up. Each share of blocks has its own of matrices, so that no threads meet. Each block
+// has its own of vectors, whose sums have fewer numbers one after another then, and which kernels make along with
+// something else, whether they are needed or not.
 class GradientSums {
  public:
-  GradientSums(const std::vector<Tensor>& parameters, const std::vector<bool>& needed, int64_t shares)
+  GradientSums(const std::vector<Tensor>& parameters, const std::vector<bool>& needed, const Blocks& blocks)
       : needed_(needed.end() - int64_t(parameters.size()), needed.end()) {
     for (size_t i = 0; i < parameters.size(); ++i) {
       std::vector<int64_t> sizes = parameters[i].sizes().vec();
-      sizes.insert(sizes.begin(), needed_[i] || sizes.size() == 1 ? shares : 0);
+      sizes.insert(sizes.begin(), sizes.size() == 1 ? blocks.count() : needed_[i] ? blocks.shares() : 0);
       sums_.push_back(at::zeros(sizes, parameters[i].options()));
       data_.push_back(sums_.back().mutable_data_ptr<float>());
       steps_.push_back(parameters[i].numel());
     }
   }
 
-  float* of(size_t parameter, int64_t share) const { return data_[parameter] + share * steps_[parameter]; }
+  float* of_vector(size_t parameter, const Block& block) const {
+    return data_[parameter] + block.index * steps_[parameter];
+  }
 
   // That of a weight (M, C) which of rows (n, C) made something with the gradient grad (n, M).
-  void add_weight(size_t weight, int64_t share, const Tensor& grad, const Tensor& rows) const {
-    if (needed_[weight]) add_product(grad.t(), rows, of(weight, share));
+  void add_weight(size_t parameter, const Block& block, const Tensor& grad, const Tensor& rows) const {
+    if (needed_[parameter]) add_product(grad.t(), rows, data_[parameter] + block.share * steps_[parameter]);
   }
 
   // Those that are needed, in order.
@@ -141,23 +152,23 @@ struct ProjectionArguments {
     this->x = x.contiguous();
     this->position = position.contiguous();
     this->weights = contiguous(weights);
-    rows = this->x.const_data_ptr<float>();
-    row_positions = this->position.const_data_ptr<float>();
+    x_data = this->x.const_data_ptr<float>();
+    position_data = this->position.const_data_ptr<float>();
   }
 
   // Rows of x + position.
-  void place(int64_t first, int64_t last, float* placed) const {
+  void place(const Block& block, float* placed) const {
     const int64_t cycle = position.size(0) * positions;  // rows of position
-    for (int64_t row = first; row < last; ++row)
+    for (int64_t row = block.first; row < block.last; ++row, placed += channels)
       for (int64_t c = 0; c < channels; ++c)
-        placed[(row - first) * channels + c] = rows[row * channels + c] + row_positions[row % cycle * channels + c];
+        placed[c] = x_data[row * channels + c] + position_data[row % cycle * channels + c];
   }
 
   int64_t batch, positions, channels;
   Tensor x, position;
   std::vector<Tensor> weights;
-  const float* rows;
-  const float* row_positions;
+  const float* x_data;
+  const float* position_data;
 };
 
 std::vector<Tensor> project_positions(const Tensor& x, const Tensor& position, at::TensorList weights,
@@ -176,14 +187,14 @@ std::vector<Tensor> project_positions(const Tensor& x, const Tensor& position, a
   }
   const int64_t channels = all.channels;
   const Blocks blocks(all.batch * all.positions);
-  blocks.run(channels, [&](int64_t first, int64_t last, int64_t, float* placed) {
-    all.place(first, last, placed);
+  blocks.run(channels, [&](const Block& block, float* placed) {
+    all.place(block, placed);
     for (size_t i = 0; i < biases.size(); ++i) {
       const int64_t columns = biases[i].size(0);
-      float* const result = to[i] + first * columns;
-      multiply(matrix(i == 0 ? all.rows + first * channels : placed, last - first, channels),
+      float* const result = to[i] + block.first * columns;
+      multiply(matrix(i == 0 ? all.x_data + block.first * channels : placed, block.rows(), channels),
                matrix(all.weights[i]).t(), result);
-      kernels().position_wise.add_bias(result, biases[i].const_data_ptr<float>(), last - first, columns);
+      kernels().position_wise.add_bias(result, biases[i].const_data_ptr<float>(), block.rows(), columns);
     }
   });
   return results;
@@ -203,22 +214,22 @@ std::vector<Tensor> project_positions_backward(at::TensorList grads_, const Tens
     parameters.push_back(at::empty({weights[i].size(0)}, all.x.options()));
   }
   const Blocks blocks(all.batch * all.positions);
-  const GradientSums sums(parameters, needed, blocks.shares());
+  const GradientSums sums(parameters, needed, blocks);
   const Tensor grad_x = at::empty(all.x.sizes(), all.x.options());
   const Tensor grad_placed = needed[1] ? at::empty(all.x.sizes(), all.x.options()) : grad_x;
   float* const to_x = grad_x.mutable_data_ptr<float>();
   float* const to_placed = grad_placed.mutable_data_ptr<float>();
   const int64_t channels = all.channels;
-  blocks.run(channels, [&](int64_t first, int64_t last, int64_t share, float* placed) {
-    const int64_t rows = last - first, start = first * channels, end = last * channels;
-    all.place(first, last, placed);
+  blocks.run(channels, [&](const Block& block, float* placed) {
+    const int64_t rows = block.rows(), start = block.first * channels, end = block.last * channels;
+    all.place(block, placed);
     std::vector<Tensor> here;
     for (size_t i = 0; i < count; ++i) {
       const int64_t columns = weights[i].size(0);
-      const float* const grad = grads[i].const_data_ptr<float>() + first * columns;
+      const float* const grad = grads[i].const_data_ptr<float>() + block.first * columns;
       here.push_back(matrix(grad, rows, columns));
-      sums.add_weight(i, share, here[i], matrix(i == 0 ? all.rows + start : placed, rows, channels));
-      kernels().position_wise.add_rows(grad, sums.of(count + i, share), rows, columns);
+      sums.add_weight(i, block, here[i], matrix(i == 0 ? all.x_data + start : placed, rows, channels));
+      kernels().position_wise.add_rows(grad, sums.of_vector(count + i, block), rows, columns);
     }
     // What the sum of x and position gets is the position's gradient, and a part of that of x.
     std::fill(to_placed + start, to_placed + end, 0.0f);
@@ -296,8 +307,8 @@ std::vector<Tensor> add_and_feed_forward(const Tensor& x_, const Tensor& attende
   const float* const added = attended.const_data_ptr<float>();
   const PositionWiseKernels& kernel = kernels().position_wise;
   const Blocks blocks(x.size(0) * x.size(1));
-  blocks.run(channels + parts.hidden, [&](int64_t first, int64_t last, int64_t, float* normed) {
-    const int64_t rows = last - first, start = first * channels;
+  blocks.run(channels + parts.hidden, [&](const Block& block, float* normed) {
+    const int64_t rows = block.rows(), start = block.first * channels;
     float* const features = normed + rows * channels;
     float* const result = to[0] + start;
     float* const sum1 = with_sums ? to[1] + start : normed;
@@ -327,7 +338,7 @@ std::vector<Tensor> add_and_feed_forward_backward(const Tensor& grad_, const Ten
   const Tensor grad = grad_.contiguous(), sum1 = sum1_.contiguous(), sum2 = sum2_.contiguous();
   const Tensor attended = attended_.contiguous();
   const Blocks blocks(grad.size(0) * grad.size(1));
-  const GradientSums sums(parts.tensors, needed, blocks.shares());
+  const GradientSums sums(parts.tensors, needed, blocks);
   const Tensor grad_x = at::empty(grad.sizes(), grad.options());
   const Tensor grad_attended = at::empty(needed[1] ? grad.sizes() : at::IntArrayRef{0}, grad.options());
   const float* const from = grad.const_data_ptr<float>();
@@ -337,13 +348,14 @@ std::vector<Tensor> add_and_feed_forward_backward(const Tensor& grad_, const Ten
   float* const to_x = grad_x.mutable_data_ptr<float>();
   float* const to_attended = grad_attended.mutable_data_ptr<float>();
   const PositionWiseKernels& kernel = kernels().position_wise;
-  blocks.run(2 * (channels + hidden), [&](int64_t first, int64_t last, int64_t share, float* normed_rows) {
-    const int64_t rows = last - first, start = first * channels;
+  blocks.run(2 * (channels + hidden), [&](const Block& block, float* normed_rows) {
+    const int64_t rows = block.rows(), start = block.first * channels;
     float* const of_normed = normed_rows + rows * channels;
     float* const feature_rows = of_normed + rows * channels;
     float* const of_features = feature_rows + rows * hidden;
-    const NormSums sums1{sums.of(NORM1, share), sums.of(NORM1_BIAS, share), sums.of(OUTPUT_BIAS, share)};
-    const NormSums sums2{sums.of(NORM2, share), sums.of(NORM2_BIAS, share), sums.of(LINEAR2_BIAS, share)};
+    const auto sums_of = [&](Parameter vector) { return sums.of_vector(vector, block); };
+    const NormSums sums1{sums_of(NORM1), sums_of(NORM1_BIAS), sums_of(OUTPUT_BIAS)};
+    const NormSums sums2{sums_of(NORM2), sums_of(NORM2_BIAS), sums_of(LINEAR2_BIAS)};
     const Tensor normed = matrix(normed_rows, rows, channels), features = matrix(feature_rows, rows, hidden);
     const Tensor grad2 = matrix(of_normed, rows, channels), grad1 = matrix(to_x + start, rows, channels);
     const Tensor grad_features = matrix(of_features, rows, hidden);
@@ -351,13 +363,13 @@ std::vector<Tensor> add_and_feed_forward_backward(const Tensor& grad_, const Ten
     kernel.norm_backward(from + start, before2 + start, parts.norm2, of_normed, sums2, rows, channels);
     kernel.layer_norm(before1 + start, parts.norm1, normed_rows, rows, channels);
     parts.make_hidden(normed, feature_rows);
-    sums.add_weight(LINEAR2, share, grad2, features);
+    sums.add_weight(LINEAR2, block, grad2, features);
     multiply(grad2, matrix(parts.tensors[LINEAR2]), of_features);
-    kernel.relu_backward(of_features, feature_rows, sums.of(LINEAR1_BIAS, share), rows, hidden);
-    sums.add_weight(LINEAR1, share, grad_features, normed);
+    kernel.relu_backward(of_features, feature_rows, sums_of(LINEAR1_BIAS), rows, hidden);
+    sums.add_weight(LINEAR1, block, grad_features, normed);
     add_product(grad_features, matrix(parts.tensors[LINEAR1]), of_normed);
     kernel.norm_backward(of_normed, before1 + start, parts.norm1, to_x + start, sums1, rows, channels);
-    sums.add_weight(OUTPUT, share, grad1, matrix(added + start, rows, channels));
+    sums.add_weight(OUTPUT, block, grad1, matrix(added + start, rows, channels));
     if (needed[1]) multiply(grad1, matrix(parts.tensors[OUTPUT]), to_attended + start);
   });
   std::vector<Tensor> results;
