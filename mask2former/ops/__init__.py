@@ -2,7 +2,7 @@
 convolutions."""
 
 from .convolution import conv2d
-from .extension import KERNELS
+from .extension import KERNELS, is_followed
 from .functional import ms_deform_attn, ms_deform_attn_fused
 from .mask_strip import Inside, MaskStrip, Winners, best_classes
 from .module import MSDeformAttn
@@ -15,6 +15,7 @@ __all__ = [
     "Winners",
     "best_classes",
     "conv2d",
+    "is_followed",
     "ms_deform_attn",
     "ms_deform_attn_fused",
 ]

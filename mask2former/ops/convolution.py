@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .extension import KERNELS
+from .extension import KERNELS, is_followed
 
 __all__ = ["conv2d"]
 
@@ -55,8 +55,7 @@ def _has_kernels(*tensors: Tensor | None) -> bool:
         "cpu" in KERNELS
         and all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
         and not torch.is_autocast_enabled("cpu")
-        # which know only torch's own operators
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+        and not is_followed()
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from . import build
 
-__all__ = ["KERNELS", "gpu_reason", "reason"]
+__all__ = ["KERNELS", "gpu_reason", "is_followed", "reason"]
 
 BUILD_COMMAND = "python -m mask2former.ops --build"
 
@@ -79,6 +79,11 @@ def load_all() -> frozenset[str]:
 
 KERNELS: frozenset[str] = load_all()
 """Device types that have kernels, of "cpu" and "cuda"."""
+
+
+def is_followed() -> bool:
+    """Whether a compiler, tracer or transform of torch.func, which know torch's own operators alone, follows what runs."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def reason(device_type: str) -> str:

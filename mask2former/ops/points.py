@@ -144,7 +144,7 @@ def has_kernels(device: torch.device) -> bool:
     """Whether there are kernels for float32 tensors on a device, where they can be called."""
     if device.type != "cpu" or "cpu" not in extension.KERNELS:
         return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # which know only torch's own operators
+    return not extension.is_followed()
 
 
 def _fits(maps: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from ...ops import conv2d
+from ...ops import conv2d, is_followed
 
 __all__ = ["fold_frozen_norms", "keep_scaled_weights"]
 
@@ -49,7 +49,8 @@ class _ConvWithFrozenNorm(Conv2d):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
         bias = norm.bias - mean * scale
-        if _is_plain_cpu(x) and self._has_more_weights_than_results(x):
+        computed_as_it_is = x.device.type == "cpu" and not (torch.is_autocast_enabled("cpu") or is_followed())
+        if computed_as_it_is and self._has_more_weights_than_results(x):
             x = self._convolve(x, self.weight, None)
             x = torch.addcmul(bias[:, None, None], x, scale[:, None, None])
         elif self.keeps_scaled_weights or torch.compiler.is_compiling():
@@ -69,13 +70,6 @@ class _ConvWithFrozenNorm(Conv2d):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-def _is_plain_cpu(x: Tensor) -> bool:
-    """Whether it is on a CPU, of the type that it is computed in, and no compiler or tracer follows its sizes."""
-    return x.device.type == "cpu" and not (
-        torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    )
 
 
 @contextmanager

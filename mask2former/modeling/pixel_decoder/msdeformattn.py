@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import UserError
-from ...ops import MSDeformAttn, ms_deform_attn_fused
+from ...ops import MSDeformAttn, is_followed, ms_deform_attn_fused
 from ..checkpointing import LayerCheckpointing
 from ..position_encoding import PositionEmbeddingSine
 from ..precision import is_autocast_to_bfloat16
@@ -122,10 +122,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_plain_cpu(x: Tensor) -> bool:
-    """Whether it is on a CPU, and no compiler, tracer or transform of torch.func follows what becomes of it."""
-    return x.device.type == "cpu" and not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    )
+    """Whether it is on a CPU, and nothing follows what becomes of it."""
+    return x.device.type == "cpu" and not is_followed()
 
 
 class MSDeformAttnTransformerEncoder(LayerCheckpointing):
