@@ -23,6 +23,7 @@ def describe(threads: Sequence[int], **versions: str) -> dict[str, Any]:
         "processor": _processor(),
         "cores": processors(),
         "threads": list(threads),
+        "threads that wait": os.environ.get("OMP_WAIT_POLICY", "OpenMP's default"),
         "load before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

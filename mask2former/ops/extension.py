@@ -82,7 +82,7 @@ KERNELS: frozenset[str] = load_all()
 
 
 def is_followed() -> bool:
-    """Whether a compiler, tracer or transform of torch.func, which know torch's own operators alone, follows what runs."""
+    """Whether a compiler, tracer or transform of torch.func follows what runs: they know torch's operators alone."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
