@@ -56,8 +56,7 @@ class Blocks {
   int64_t count() const { return blocks_; }
   int64_t shares() const { return shares_; }
 
-  // Calls function(block, workspace) for all blocks, on all threads. A workspace has `floats` for each row
-  // of a block.
+  // Calls function(block, workspace) for all blocks, on all threads. A workspace has `floats` for each row of a block.
   template <typename Function>
   void run(int64_t floats, Function function) const {
     at::parallel_for(0, shares_, 1, [&](int64_t begin, int64_t end) {
