@@ -404,7 +404,7 @@ def test_everything_under_each_capability(capability: str) -> None:
         pytest.skip("all other tests run with it")
     if here not in CAPABILITIES[CAPABILITIES.index(capability) :]:
         pytest.skip(f"the CPU has no {capability}")
-    names = ("ops_kernels", "ops", "ops_points", "ops_convolution", "modeling_position_wise")
+    names = ("ops_kernels", "ops", "ops_points", "ops_convolution", "ops_attention", "modeling_position_wise")
     files = [Path(__file__).with_name(f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *map(str, files)]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}

@@ -7,7 +7,8 @@ four dtypes: usual and odd sizes, none at all, places far outside, NaN and infin
 threads than heads. Results of masks: sizes around that of a tile, none at all, NaN and infinity, parts of larger
 tensors. Position-wise layers, forward and backward: numbers of positions around that of a block, widths around that
 of a vector. Masks at points: numbers of points around those that kernels take together, far outside, NaN and infinity.
-Convolutions: sizes around that of a tile, widths around that of a vector.
+Convolutions: sizes around that of a tile, widths around that of a vector. Masked attention: numbers of keys around that
+of a block and that of a vector.
 
 Exits with 1 where something was found, and shows it.
 
@@ -60,6 +61,8 @@ SIZES: tuple[dict, ...] = (
 POSITION_WISE_SIZES = ((2, 3, 1, 1), (1, 255, 16, 33), (2, 257, 15, 17), (1, 600, 64, 100), (0, 5, 8, 8), (1, 0, 8, 8))
 # Of convolutions: pictures, channels in and out, height, width.
 CONVOLUTION_SIZES = ((1, 1, 1, 1, 1), (2, 3, 17, 4, 5), (1, 15, 33, 9, 3), (1, 64, 16, 37, 41), (0, 3, 3, 8, 8))
+# Of masked attention: pictures, heads, queries, keys, channels.
+ATTENTION_SIZES = ((1, 1, 1, 1, 1), (2, 3, 5, 1023, 17), (1, 2, 3, 1024, 16), (1, 2, 4, 2049, 15), (0, 2, 3, 4, 5))
 # Of strips: masks, rows, columns.
 STRIP_SIZES = ((1, 1, 1), (3, 8, 64), (5, 9, 65), (2, 17, 63), (100, 20, 200), (4, 0, 5), (4, 5, 0))
 # For masks at points; kernels take 256 points at a time, and 16 numbers.
@@ -141,6 +144,9 @@ def go_through_operators(library: Path) -> int:
     for threads, sizes in itertools.product(THREADS, CONVOLUTION_SIZES):
         torch.set_num_threads(threads)
         passes += go_through_convolution(*sizes)
+    for threads, sizes in itertools.product(THREADS, ATTENTION_SIZES):
+        torch.set_num_threads(threads)
+        passes += go_through_attention(*sizes)
     return passes + go_through_point_operators()
 
 
@@ -215,6 +221,18 @@ def go_through_convolution(batch: int, channels: int, outputs: int, height: int,
     operators.conv3x3_backward_input(grad, weight)
     operators.conv3x3_backward_weight(grad, x)
     return 3
+
+
+def go_through_attention(batch: int, heads: int, queries: int, keys: int, channels: int) -> int:
+    """Both operators on random numbers, with queries that may attend to nothing; -> number of passes."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(batch, heads, rows, channels) for rows in (queries, keys, keys))
+    bias = torch.zeros(batch, 1, queries, keys).masked_fill_(torch.rand(batch, 1, queries, keys) < 0.5, -torch.inf)
+    bias[:, :, -1] = -torch.inf
+    operators = torch.ops.mask2former
+    results = operators.masked_attention(query, key, value, bias)
+    operators.masked_attention_backward(results[0], query, key, value, bias, *results)
+    return 2
 
 
 def random_arguments(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops import masked_attention
 
 __all__ = ["MultiheadAttention", "initialize_matrices"]
 
@@ -50,7 +51,7 @@ class MultiheadAttention(nn.Module):
         if attention_bias is not None:
             attention_bias = attention_bias.to(q.dtype)
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_bias, dropout_p=dropout)
+        attended = masked_attention(q, k, v, attention_bias, dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 

@@ -1,6 +1,7 @@
-"""What compiled kernels compute: deformable attention, with the module of its learned parts, results of masks, and
-convolutions."""
+"""What compiled kernels compute: deformable attention, with the module of its learned parts, masked attention, results
+of masks, and convolutions."""
 
+from .attention import masked_attention
 from .convolution import conv2d
 from .extension import KERNELS, is_followed
 from .functional import ms_deform_attn, ms_deform_attn_fused
@@ -16,6 +17,7 @@ __all__ = [
     "best_classes",
     "conv2d",
     "is_followed",
+    "masked_attention",
     "ms_deform_attn",
     "ms_deform_attn_fused",
 ]

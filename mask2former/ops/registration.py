@@ -1,7 +1,6 @@
 """What torch needs to know of the compiled operators besides their kernels: results' shapes, gradients, batching.
 
-Their schemas are in the files of ``csrc``. To be imported only where their library is
-loaded.
+Their schemas are in the files of ``csrc``. To be imported only where their library is loaded.
 
 ``inputs`` stands for what an operator takes after ``spatial_shapes``: locations and weights or, fused, reference
 points, offsets and logits.
@@ -339,3 +338,35 @@ def _conv3x3_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) 
 def _conv3x3_backward_weight_flops(grad: Sequence[int], x: Sequence[int], *_: Any, **__: Any) -> int:
     """Likewise."""
     return 2 * math.prod(grad) * x[1] * 9
+
+
+# ------------------------------------------------------------------------------------------- masked attention
+
+
+@torch.library.register_fake("mask2former::masked_attention")
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _heads_like(query), query.new_empty(query.shape[:3])
+
+
+@torch.library.register_fake("mask2former::masked_attention_backward")
+def _fake_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, output: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _heads_like(query), _heads_like(key), _heads_like(value)
+
+
+def _heads_like(x: Tensor) -> Tensor:
+    batch, heads, rows, channels = x.shape
+    return x.new_empty(batch, rows, heads, channels).transpose(1, 2)
+
+
+@register_flop_formula(torch.ops.mask2former.masked_attention)
+def _attention_flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of queries with keys, and of the weights with as many values."""
+    return 2 * 2 * math.prod(query) * key[2]
+
+
+@register_flop_formula(torch.ops.mask2former.masked_attention_backward)
+def _attention_backward_flops(grad: Sequence[int], query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    """Gradients of weights, queries, keys and values. Weights are made again, which is no work that has to be done."""
+    return 4 * 2 * math.prod(query) * key[2]

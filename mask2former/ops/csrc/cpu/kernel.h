@@ -7,6 +7,7 @@
 #include "../ms_deform_attn.h"
 #include "convolution.h"
 #include "mask_strip.h"
+#include "masked_attention.h"
 #include "points.h"
 #include "position_wise.h"
 
@@ -57,6 +58,7 @@ struct Kernels {
   void (*value_backward)(const Problem&, const Gradients&, const Strip&, void* workspace);
   // At last, the gradients of sampling and attention of rows [first, last).
   void (*sampling_backward)(const Problem&, const Gradients&, int64_t first, int64_t last, void* workspace);
+  AttentionKernels attention;
   ConvolutionKernels convolution;
   MaskKernels masks;
   PointKernels points;

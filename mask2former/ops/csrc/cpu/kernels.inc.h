@@ -15,6 +15,7 @@ namespace {
 #include "arena.inc.h"
 #include "convolution.inc.h"
 #include "mask_strip.inc.h"
+#include "masked_attention.inc.h"
 #include "points.inc.h"
 #include "position_wise.inc.h"
 
@@ -660,11 +661,9 @@ void sampling_backward(const Problem& problem, const Gradients& gradients, int64
 
 #undef MASK2FORMER_FOR_TYPE
 
-constexpr Kernels KERNELS{workspace_size,    forward,
-                          place_samples,     value_backward,
-                          sampling_backward, CONVOLUTION_KERNELS,
-                          MASK_KERNELS,      POINT_KERNELS,
-                          POSITION_WISE_KERNELS};
+constexpr Kernels KERNELS{workspace_size,    forward,           place_samples,       value_backward,
+                          sampling_backward, ATTENTION_KERNELS, CONVOLUTION_KERNELS, MASK_KERNELS,
+                          POINT_KERNELS,     POSITION_WISE_KERNELS};
 
 }  // namespace
 }  // namespace MASK2FORMER_CAPABILITY
