@@ -74,9 +74,10 @@ class Frequencies {
   int64_t channels_;
 };
 
+// Tiles at a time, of `tiles` that there are, as many each time.
 int64_t chunk_of(int64_t tiles, int64_t channels) {
-  const int64_t fit = CHUNK_BYTES / int64_t(FREQUENCIES * channels * sizeof(float));
-  return divide_up(tiles, divide_up(tiles, std::max<int64_t>(64, fit)));
+  const int64_t fit = CHUNK_BYTES / int64_t(FREQUENCIES * std::max<int64_t>(1, channels) * sizeof(float));
+  return divide_up(tiles, std::max<int64_t>(1, divide_up(tiles, std::max<int64_t>(64, fit))));
 }
 
 constexpr std::array<float, FREQUENCIES * 9> weights_at_points() {
