@@ -578,7 +578,7 @@ def many(make_one: Callable[[Path], None], folder: str, old: str, numbers: range
     return make
 
 
-COUNT = 150
+COUNT = 500
 LAST = f"{2:08d}"
 
 
@@ -662,5 +662,6 @@ def stop(arguments: list[str], output: Path, number: signal.Signals) -> int:
 
 def main_process(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told us to ignore it
+    os.nice(10)  # so that whoever is to stop it has its turn first
     sys.argv = arguments
     command(load_script(Path(arguments[0])).main)
