@@ -1,5 +1,5 @@
-// The schemas of operators for 3x3 convolutions of float32 maps with stride 1 and zero padding of 1. Their kernels are in
-// cpu/; the plain form is torch's own convolution.
+// The schemas of operators for 3x3 convolutions of float32 maps with stride 1 and zero padding of 1. Their kernels are
+// in cpu/; the plain form is torch's own convolution.
 //
 // B pictures, C channels in, K channels out, H and W the size of a map.
 #include <torch/library.h>

@@ -1,6 +1,6 @@
-// 3x3 convolutions of CPU tensors in Winograd's way (Lavin and Gray, "Fast algorithms for convolutional neural networks",
-// CVPR 2016): tiles of 4x4 results take 36 products for each pair of channels where there are 144 else. Some tiles at a
-// time, so that their frequencies stay in the caches.
+// 3x3 convolutions of CPU tensors in Winograd's way (Lavin and Gray, "Fast Algorithms for Convolutional Neural
+// Networks", CVPR 2016): tiles of 4x4 results take 36 products for each pair of channels where there are 144 else. Some
+// tiles at a time, so that their frequencies stay in the caches.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/baddbmm.h>

@@ -1,11 +1,9 @@
-// Attention of CPU tensors with a mask that all heads share: each head on one thread, some keys at a time, whose weights
-// its second cache holds (Dao et al., "FlashAttention", NeurIPS 2022: largest logits and sums are corrected on the way).
+// Attention of CPU tensors with a mask that all heads share: each head on one thread, some keys at a time, whose
+// weights its second cache holds (Dao et al., "FlashAttention", NeurIPS 2022: largest logits and sums are corrected on
+// the way).
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,6 +12,7 @@
 #include <tuple>
 
 #include "kernel.h"
+#include "matrices.h"
 #include "work.h"
 
 namespace mask2former {
@@ -23,20 +22,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t KEYS_AT_A_TIME = 1024;
-
-// A matrix in memory, rows `stride` apart: a tensor of the thread that made it, whatever mode another one is in.
-Tensor rows_of(const float* data, int64_t rows, int64_t columns, int64_t stride) {
-  return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1}, at::TensorOptions(at::kFloat));
-}
-
-void multiply(const Tensor& a, const Tensor& b, Tensor to) { at::mm_out(to, a, b); }
-void add_product(const Tensor& a, const Tensor& b, Tensor to) { at::addmm_out(to, to, a, b); }
-
-void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
-  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.device().is_cpu() && tensor.sizes() == sizes, name,
-              " must be Float on a CPU and have shape ", sizes, ", but is ", tensor.scalar_type(), " on ",
-              tensor.device(), " and has shape ", tensor.sizes());
-}
 
 // Rows of all heads beside each other in memory, (B, rows, M, D), as linear layers make and take them.
 Tensor beside_each_other(const Tensor& x) { return x.transpose(1, 2).contiguous().transpose(1, 2); }
@@ -84,7 +69,7 @@ struct Attention {
     return x.const_data_ptr<float>() + (picture * x.size(2) + row) * stride + head * channels;
   }
   Tensor rows(const Tensor& x, int64_t picture, int64_t head, int64_t row, int64_t count) const {
-    return rows_of(at(x, picture, head, row), count, channels, stride);
+    return matrix(at(x, picture, head, row), count, channels, stride);
   }
   AttentionBias bias_of(int64_t picture, int64_t first_key) const {
     const int64_t place = bias.size(0) == 1 ? 0 : picture;
@@ -122,10 +107,10 @@ std::tuple<Tensor, Tensor> masked_attention(const Tensor& query, const Tensor& k
     std::fill(sums, sums + queries, 0.0f);
     for (int64_t first = 0; first < all.keys; first += KEYS_AT_A_TIME) {
       const int64_t count = std::min(KEYS_AT_A_TIME, all.keys - first);
-      const Tensor here = rows_of(weights, queries, count, count);
-      multiply(rows_of(scaled, queries, channels, channels), all.rows(all.key, picture, head, first, count).t(), here);
+      const Tensor here = matrix(weights, queries, count, count);
+      multiply(matrix(scaled, queries, channels, channels), all.rows(all.key, picture, head, first, count).t(), here);
       kernel.add_weights(weights, all.bias_of(picture, first), queries, count, largest, sums, values, channels);
-      add_product(here, all.rows(all.value, picture, head, first, count), rows_of(values, queries, channels, channels));
+      add_product(here, all.rows(all.value, picture, head, first, count), matrix(values, queries, channels, channels));
     }
     float* to = const_cast<float*>(all.at(output, picture, head));
     float* const logs = all_log_sums + (picture * all.heads + head) * queries;
@@ -166,12 +151,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(const Tensor& grad_
       means[row] = 0.0f;
       for (int64_t c = 0; c < channels; ++c) means[row] += change[c] * result[c];
     }
-    const Tensor scaled_rows = rows_of(scaled, queries, channels, channels);
+    const Tensor scaled_rows = matrix(scaled, queries, channels, channels);
     const Tensor changes = all.rows(grad, picture, head, 0, queries);
     for (int64_t first = 0; first < all.keys; first += KEYS_AT_A_TIME) {
       const int64_t count = std::min(KEYS_AT_A_TIME, all.keys - first);
       float* const of_weights = weights + queries * count;
-      const Tensor here = rows_of(weights, queries, count, count), grads = rows_of(of_weights, queries, count, count);
+      const Tensor here = matrix(weights, queries, count, count), grads = matrix(of_weights, queries, count, count);
       const Tensor keys = all.rows(all.key, picture, head, first, count);
       multiply(scaled_rows, keys.t(), here);
       multiply(changes, all.rows(all.value, picture, head, first, count).t(), grads);
@@ -179,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(const Tensor& grad_
                                    all_log_sums + (picture * all.heads + head) * queries, means);
       multiply(here.t(), changes, all.rows(grad_value, picture, head, first, count));
       multiply(grads.t(), scaled_rows, all.rows(grad_key, picture, head, first, count));
-      add_product(grads, keys, rows_of(of_queries, queries, channels, channels));
+      add_product(grads, keys, matrix(of_queries, queries, channels, channels));
     }
     float* to = const_cast<float*>(all.at(grad_query, picture, head));
     for (int64_t row = 0; row < queries; ++row, to += all.stride)

@@ -3,10 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -15,6 +12,7 @@
 #include <vector>
 
 #include "kernel.h"
+#include "matrices.h"
 #include "work.h"
 
 namespace mask2former {
@@ -26,12 +24,6 @@ using at::Tensor;
 // Of a block at most, in float32 with 1024 hidden features a megabyte; products of fewer are slower, and gradients of
 // weights are read and written once a block.
 constexpr int64_t BLOCK_ROWS = 256;
-
-void check(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
-  TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.device().is_cpu() && tensor.sizes() == sizes, name,
-              " must be Float on a CPU and have shape ", sizes, ", but is ", tensor.scalar_type(), " on ",
-              tensor.device(), " and has shape ", tensor.sizes());
-}
 
 // Rows [first, last).
 struct Block {
@@ -71,24 +63,6 @@ class Blocks {
  private:
   int64_t all_rows_, rows_, blocks_, shares_;
 };
-
-// A matrix (rows, columns) in memory: a tensor of the thread that made it, whatever mode another one is in.
-Tensor matrix(const float* data, int64_t rows, int64_t columns) {
-  return at::from_blob(const_cast<float*>(data), {rows, columns}, at::TensorOptions(at::kFloat));
-}
-Tensor matrix(const Tensor& weight) {
-  return matrix(weight.const_data_ptr<float>(), weight.size(0), weight.size(1));
-}
-
-// a times b, to memory or added to what is in it.
-void multiply(const Tensor& a, const Tensor& b, float* to) {
-  Tensor result = matrix(to, a.size(0), b.size(1));
-  at::mm_out(result, a, b);
-}
-void add_product(const Tensor& a, const Tensor& b, float* to) {
-  Tensor result = matrix(to, a.size(0), b.size(1));
-  at::addmm_out(result, result, a, b);
-}
 
 std::vector<Tensor> contiguous(at::TensorList tensors) {
   std::vector<Tensor> result;
