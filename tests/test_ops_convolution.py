@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mask2former.ops import conv2d, convolution, extension
+from mask2former.ops import conv2d, extension
 
 SAME_SIZE = {"padding": (1, 1)}
 # Pictures, channels in and out, height and width: around the sizes of tiles, and around the widths of vectors.
@@ -129,7 +129,7 @@ def test_others_are_torchs_own() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert not uses_kernels(x, weight, bias, **SAME_SIZE)
         assert conv2d(x, weight, bias, **SAME_SIZE).dtype == torch.bfloat16
-    with mock.patch.object(convolution, "KERNELS", frozenset()):
+    with mock.patch.object(extension, "KERNELS", frozenset()):
         assert not uses_kernels(x, weight, bias, **SAME_SIZE)
     traced = torch.jit.trace(lambda x: conv2d(x, weight, bias, **SAME_SIZE), x)
     assert "mask2former::" not in str(traced.graph)

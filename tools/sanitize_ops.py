@@ -8,7 +8,8 @@ threads than heads. Results of masks: sizes around that of a tile, none at all, 
 tensors. Position-wise layers, forward and backward: numbers of positions around that of a block, widths around that
 of a vector. Masks at points: numbers of points around those that kernels take together, far outside, NaN and infinity.
 Convolutions: sizes around that of a tile, widths around that of a vector. Masked attention: numbers of keys around that
-of a block and that of a vector.
+of a block and that of a vector. Products of matrices: sizes around those of tiles and panels, rows or columns side by
+side.
 
 Exits with 1 where something was found, and shows it.
 
@@ -63,6 +64,17 @@ POSITION_WISE_SIZES = ((2, 3, 1, 1), (1, 255, 16, 33), (2, 257, 15, 17), (1, 600
 CONVOLUTION_SIZES = ((1, 1, 1, 1, 1), (2, 3, 17, 4, 5), (1, 15, 33, 9, 3), (1, 64, 16, 37, 41), (0, 3, 3, 8, 8))
 # Of masked attention: pictures, heads, queries, keys, channels.
 ATTENTION_SIZES = ((1, 1, 1, 1, 1), (2, 3, 5, 1023, 17), (1, 2, 3, 1024, 16), (1, 2, 4, 2049, 15), (0, 2, 3, 4, 5))
+# Of products: rows, depth, columns.
+PRODUCT_SIZES = (
+    (1, 1, 1),
+    (13, 257, 33),
+    (253, 3, 513),
+    (12, 256, 16),
+    (25, 600, 100),
+    (0, 2, 3),
+    (3, 0, 2),
+    (3, 2, 0),
+)
 # Of strips: masks, rows, columns.
 STRIP_SIZES = ((1, 1, 1), (3, 8, 64), (5, 9, 65), (2, 17, 63), (100, 20, 200), (4, 0, 5), (4, 5, 0))
 # For masks at points; kernels take 256 points at a time, and 16 numbers.
@@ -147,7 +159,20 @@ def go_through_operators(library: Path) -> int:
     for threads, sizes in itertools.product(THREADS, ATTENTION_SIZES):
         torch.set_num_threads(threads)
         passes += go_through_attention(*sizes)
+    for threads, sizes in itertools.product(THREADS, PRODUCT_SIZES):
+        torch.set_num_threads(threads)
+        passes += go_through_products(*sizes)
     return passes + go_through_point_operators()
+
+
+def go_through_products(rows: int, depth: int, columns: int) -> int:
+    """Multiply matrices of every layout that ends where memory does."""
+
+    def matrix(*size: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(size), torch.randn(size[::-1]).T
+
+    sides = (matrix(rows, depth), matrix(depth, columns), matrix(rows, columns), (False, True))
+    return sum(torch.ops.mask2former.multiply(*call) is None for call in itertools.product(*sides))
 
 
 def go_through_point_operators() -> int:

@@ -4,11 +4,10 @@ Letters: ``B`` batch, ``Q`` queries, ``S`` keys, ``C`` channels, ``M`` heads.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops import masked_attention
+from ..ops import linear, masked_attention
 
 __all__ = ["MultiheadAttention", "initialize_matrices"]
 
@@ -45,7 +44,7 @@ class MultiheadAttention(nn.Module):
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )  # each (B, M, Q or S, C/M)
         if attention_bias is not None:

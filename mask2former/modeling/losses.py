@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import multiply
 from ..ops.points import to_probabilities
 
 __all__ = ["PairSums", "cross_entropy_loss", "dice_loss", "losses_of_sums"]
@@ -48,9 +49,9 @@ class PairSums:
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Add points: logits (Q, P), without gradients, and targets (N, P). The logits become probabilities."""
-        self._products.addmm_(logits, targets.T)
+        multiply(logits, targets.T, self._products, add=True)
         self._of_logits += to_probabilities(logits)
-        self._overlaps.addmm_(logits, targets.T)
+        multiply(logits, targets.T, self._overlaps, add=True)
         self._of_targets += targets.sum(-1)
         self._points += targets.shape[1]
 

@@ -161,9 +161,8 @@ class _LossSumsAtChosenPoints(torch.autograd.Function):
             for here, grad_mask_logits in _parts(rows, grad_masks, features):
                 points, logits, labels = next(remaining), next(remaining), next(remaining)
                 spread_points(loss_sums_backward(grad[here], logits, labels), points, grad_mask_logits)
-            torch.mm(grad_masks, cells.T, out=grad_embeddings[rows])
-            # With a beta of 0, what was in memory before doesn't count.
-            grad_cells.addmm_(embeddings[rows].T, grad_masks, beta=0 if rows.start == 0 else 1)
+            ops.multiply(grad_masks, cells.T, grad_embeddings[rows])
+            ops.multiply(embeddings[rows].T, grad_masks, grad_cells, add=rows.start > 0)
         return grad_embeddings, grad_features, None
 
 
@@ -195,7 +194,7 @@ def _multiply(rows: Tensor, columns: Tensor, product: Tensor) -> None:
     step = max(step, 1)
     for start in range(0, columns.shape[1], step):
         here = slice(start, start + step)
-        torch.mm(rows, columns[:, here], out=product[:, here])
+        ops.multiply(rows, columns[:, here], product[:, here])
 
 
 def _rows_at_a_time(rows: int, size: Sequence[int], like: Tensor) -> Iterator[slice]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import multiply, product
 from ..ops.points import loss_sums_reference
 from .points import Choose, loss_sums_at_chosen_points, sample_features, sample_points
 
@@ -105,8 +106,12 @@ class Predictions(Mapping[str, Any]):
         embeddings = self.mask_embeddings[layer, image]
         if queries is not None:
             embeddings = embeddings[queries]
+        features = self._features[image][0]
         with _full_precision(embeddings):
-            return torch.einsum("qc,chw->qhw", embeddings.float(), self._features[image][0])
+            if torch.is_grad_enabled():
+                return torch.einsum("qc,chw->qhw", embeddings.float(), features)
+            masks = product(embeddings.float()[None], features.flatten(1)[None])
+        return masks[0].unflatten(1, features.shape[1:])
 
     def loss_sums(self, image: int, queries: Tensor, choose: Choose) -> Tensor:
         """What mask losses are made of, as ``ops.points.loss_sums`` has it, of a picture's queries in every layer.
@@ -143,7 +148,7 @@ class Predictions(Mapping[str, Any]):
             some = features[:, here]
             logits = memory[:, : some.shape[1]]
             with _full_precision(points):
-                torch.mm(rows, some, out=logits)
+                multiply(rows, some, logits)
             yield here, logits.unflatten(0, embeddings.shape[:2])
 
     def _layer_masks(self, layer: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .extension import KERNELS, is_followed
+from .extension import kernels_take
 
 __all__ = ["conv2d"]
 
@@ -43,20 +43,11 @@ def conv2d(
         (B, K, ...).
     """
     same_size = tuple(stride) == tuple(padding) == tuple(dilation) == (1, 1) and groups == 1
-    if not (same_size and _has_kernels(x, weight, bias) and _is_worth_it(x, weight)):
+    if not (same_size and kernels_take(x, weight, bias) and _is_worth_it(x, weight)):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if torch.is_grad_enabled():
         return _Conv3x3.apply(x, weight, bias)
     return torch.ops.mask2former.conv3x3(x, weight, bias)
-
-
-def _has_kernels(*tensors: Tensor | None) -> bool:
-    return (
-        "cpu" in KERNELS
-        and all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
-        and not torch.is_autocast_enabled("cpu")
-        and not is_followed()
-    )
 
 
 def _is_worth_it(x: Tensor, weight: Tensor) -> bool:

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import build
 
-__all__ = ["KERNELS", "gpu_reason", "is_followed", "reason"]
+__all__ = ["KERNELS", "gpu_reason", "is_followed", "kernels_take", "reason"]
 
 BUILD_COMMAND = "python -m mask2former.ops --build"
 
@@ -84,6 +85,16 @@ KERNELS: frozenset[str] = load_all()
 def is_followed() -> bool:
     """Whether a compiler, tracer or transform of torch.func follows what runs: they know torch's operators alone."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def kernels_take(*tensors: Tensor | None) -> bool:
+    """Whether the CPU kernels that know float32 alone can be called with these: nothing casts or follows them."""
+    return (
+        "cpu" in KERNELS
+        and all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not is_followed()
+    )
 
 
 def reason(device_type: str) -> str:

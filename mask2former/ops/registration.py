@@ -305,6 +305,19 @@ def _product_flops(x: Sequence[int], parameters: Iterable[Sequence[int]]) -> int
     return 2 * math.prod(x[:2]) * sum(math.prod(shape) for shape in parameters if len(shape) == 2)
 
 
+# ------------------------------------------------------------------------------------------- products
+
+
+@torch.library.register_fake("mask2former::multiply")
+def _fake_multiply(a: Tensor, b: Tensor, to: Tensor, add: bool) -> None:
+    return None
+
+
+@register_flop_formula(torch.ops.mask2former.multiply)
+def _multiply_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a) * b[1]
+
+
 # ------------------------------------------------------------------------------------------- convolutions
 
 

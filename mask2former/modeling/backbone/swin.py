@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from ...errors import UserError
+from ...ops import Linear
 from ..checkpointing import LayerCheckpointing
 
 __all__ = ["D2SwinTransformer"]
@@ -253,7 +254,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        self.reduction = Linear(4 * channels, 2 * channels, bias=False)
         self.norm = nn.LayerNorm(4 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -296,10 +297,10 @@ class SwinBlock(nn.Module):
         hidden = int(channels * mlp_ratio)
         self.mlp = nn.Sequential(
             OrderedDict(
-                fc1=nn.Linear(channels, hidden),
+                fc1=Linear(channels, hidden),
                 act=nn.GELU(),
                 drop1=nn.Dropout(dropout),
-                fc2=nn.Linear(hidden, channels),
+                fc2=Linear(hidden, channels),
                 drop2=nn.Dropout(dropout),
             )
         )
@@ -343,8 +344,8 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=INIT_STD)
         self.register_buffer("relative_position_index", relative_position_index(window_size))
-        self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels, bias=qkv_bias)
+        self.proj = Linear(channels, channels)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...ops import product
 from ..checkpointing import LayerCheckpointing
 from ..old_names import RenamesOldWeights
 from ..position_encoding import PositionEmbeddingSine
@@ -173,7 +174,7 @@ def masked_attention_bias(mask_embeddings: Tensor, features: Tensor) -> Tensor:
         (B, 1, Q, H_l*W_l): 0 in the foreground of a query's mask, -inf outside; all 0 where a mask is empty.
     """
     with torch.autocast(features.device.type, enabled=False):  # the sign is the mask: no rounding here
-        logits = mask_embeddings.float() @ features.flatten(2)  # (B, Q, H_l*W_l)
+        logits = product(mask_embeddings.float(), features.flatten(2))  # (B, Q, H_l*W_l)
     blocked = logits < 0
     blocked &= ~blocked.all(dim=-1, keepdim=True)
     return torch.zeros_like(logits).masked_fill_(blocked, float("-inf"))[:, None]

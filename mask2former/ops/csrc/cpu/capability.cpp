@@ -1,4 +1,5 @@
 // The choice of the kernels' capability.
+#include <ATen/Context.h>
 #include <ATen/Version.h>
 
 #include <string>
@@ -23,6 +24,16 @@ const Kernels& kernels() {
     return kernels_default();
   }();
   return chosen;
+}
+
+// torch's are mostly those of MKL, which takes AVX512 on Intel's CPUs alone.
+bool has_faster_products() {
+#if defined(__GNUC__) && defined(__x86_64__)
+  static const bool is_faster = kernels().products.multiply && at::hasMKL() && !__builtin_cpu_is("intel");
+  return is_faster;
+#else
+  return false;
+#endif
 }
 
 }  // namespace cpu

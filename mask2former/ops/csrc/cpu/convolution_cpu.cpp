@@ -3,8 +3,6 @@
 // tiles at a time, so that their frequencies stay in the caches.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/baddbmm.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
@@ -16,6 +14,7 @@
 #include <optional>
 
 #include "kernel.h"
+#include "matrices.h"
 #include "work.h"
 
 namespace mask2former {
@@ -127,7 +126,7 @@ Tensor convolve(const Tensor& x_, const Tensor& weight, const float* bias) {
       kernel.transform_input(map, top, left, before + tile * in, (last - first) * in);
     });
     Tensor products = outputs.of(last - first);
-    at::bmm_out(products, inputs.of(last - first), weight);
+    multiply_batch(inputs.of(last - first), weight, products);
     const float* const after = outputs.data();
     tiles.on_all_threads(first, last, to, out, [&](int64_t tile, const auto& map, int64_t top, int64_t left) {
       kernel.transform_output(after + tile * out, (last - first) * out, bias, map, top, left);
@@ -184,7 +183,7 @@ Tensor conv3x3_backward_weight(const Tensor& grad_, const Tensor& x_) {
     tiles.on_all_threads(first, last, changes, out, [&](int64_t tile, const auto& map, int64_t top, int64_t left) {
       kernel.transform_gradient(map, top, left, gradient + tile * out, (last - first) * out);
     });
-    at::baddbmm_out(sums, sums, inputs.of(last - first).transpose(1, 2), gradients.of(last - first));
+    add_products_of_batch(inputs.of(last - first).transpose(1, 2), gradients.of(last - first), sums);
   }
   return at::mm(weight_transform().t(), sums.view({FREQUENCIES, in * out}))
       .view({3, 3, in, out})

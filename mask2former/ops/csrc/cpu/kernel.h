@@ -10,6 +10,7 @@
 #include "masked_attention.h"
 #include "points.h"
 #include "position_wise.h"
+#include "products.h"
 
 namespace mask2former {
 namespace cpu {
@@ -63,10 +64,15 @@ struct Kernels {
   MaskKernels masks;
   PointKernels points;
   PositionWiseKernels position_wise;
+  ProductKernels products;
 };
 
 // Those of the best capability that CPU and torch have.
 const Kernels& kernels();
+
+// Whether the kernel for products of matrices is faster than torch's products of large ones, too: where there is one,
+// it is faster with those that fit into a thread's cache.
+bool has_faster_products();
 
 const Kernels& kernels_default();
 #if defined(__GNUC__) && defined(__x86_64__)

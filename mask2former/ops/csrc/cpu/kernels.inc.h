@@ -19,6 +19,12 @@ namespace {
 #include "points.inc.h"
 #include "position_wise.inc.h"
 
+#if MASK2FORMER_VECTOR_BYTES == 64
+#include "products.inc.h"
+#else
+constexpr ProductKernels PRODUCT_KERNELS{};
+#endif
+
 // The gradient of value finds corners of at least as many samples at a time.
 constexpr int64_t FEWEST_SAMPLES = 384;
 
@@ -663,7 +669,7 @@ void sampling_backward(const Problem& problem, const Gradients& gradients, int64
 
 constexpr Kernels KERNELS{workspace_size,    forward,           place_samples,       value_backward,
                           sampling_backward, ATTENTION_KERNELS, CONVOLUTION_KERNELS, MASK_KERNELS,
-                          POINT_KERNELS,     POSITION_WISE_KERNELS};
+                          POINT_KERNELS,     POSITION_WISE_KERNELS, PRODUCT_KERNELS};
 
 }  // namespace
 }  // namespace MASK2FORMER_CAPABILITY

@@ -1,10 +1,8 @@
-// Matrices in memory as tensors, for products of torch's within what one thread does, and the check of tensors given.
+// Matrices in memory as tensors, for products within what one thread does, and the check of tensors given.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 
 namespace mask2former {
 namespace cpu {
@@ -27,9 +25,9 @@ inline at::Tensor matrix(const at::Tensor& weight) {
   return matrix(weight.const_data_ptr<float>(), weight.size(0), weight.size(1));
 }
 
-// a times b, to a matrix or added to what is in it.
-inline void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor to) { at::mm_out(to, a, b); }
-inline void add_product(const at::Tensor& a, const at::Tensor& b, at::Tensor to) { at::addmm_out(to, to, a, b); }
+// a times b, to a matrix or added to what is in it, with our kernel where torch's is slower.
+void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& to);
+void add_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& to);
 // The same with a contiguous matrix.
 inline void multiply(const at::Tensor& a, const at::Tensor& b, float* to) {
   multiply(a, b, matrix(to, a.size(0), b.size(1)));
@@ -37,6 +35,10 @@ inline void multiply(const at::Tensor& a, const at::Tensor& b, float* to) {
 inline void add_product(const at::Tensor& a, const at::Tensor& b, float* to) {
   add_product(a, b, matrix(to, a.size(0), b.size(1)));
 }
+
+// Products of as many matrices (n, M, K) and (n, K, N), to (n, M, N) or added to what is there, on all threads.
+void multiply_batch(const at::Tensor& a, const at::Tensor& b, const at::Tensor& to);
+void add_products_of_batch(const at::Tensor& a, const at::Tensor& b, const at::Tensor& to);
 
 }  // namespace cpu
 }  // namespace mask2former

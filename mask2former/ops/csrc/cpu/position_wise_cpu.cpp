@@ -246,19 +246,21 @@ struct FeedForwardParameters {
       check(tensors[i], shapes[i], "parameters");
       data.push_back(tensors[i].const_data_ptr<float>());
     }
+    for (const Parameter weight : {OUTPUT, LINEAR1, LINEAR2}) transposed[weight] = tensors[weight].t().contiguous();
     norm1 = {data[NORM1], data[NORM1_BIAS], float(eps1)};
     norm2 = {data[NORM2], data[NORM2_BIAS], float(eps2)};
   }
 
   // Hidden features (n, F) of rows (n, C).
   void make_hidden(const Tensor& rows, float* features) const {
-    multiply(rows, matrix(tensors[LINEAR1]).t(), features);
+    multiply(rows, matrix(transposed[LINEAR1]), features);
     kernels().position_wise.add_bias_and_relu(features, data[LINEAR1_BIAS], rows.size(0), hidden);
   }
 
   int64_t channels, hidden;
   std::vector<Tensor> tensors;
   std::vector<const float*> data;
+  Tensor transposed[PARAMETERS];  // of weights, in which products find what they take side by side
   Norm norm1, norm2;
 };
 
@@ -286,10 +288,10 @@ std::vector<Tensor> add_and_feed_forward(const Tensor& x_, const Tensor& attende
     float* const result = to[0] + start;
     float* const sum1 = with_sums ? to[1] + start : normed;
     float* const sum2 = with_sums ? to[2] + start : result;
-    multiply(matrix(added + start, rows, channels), matrix(parts.tensors[OUTPUT]).t(), sum1);
+    multiply(matrix(added + start, rows, channels), matrix(parts.transposed[OUTPUT]), sum1);
     kernel.add_and_norm(sum1, residual + start, parts.data[OUTPUT_BIAS], parts.norm1, normed, rows, channels);
     parts.make_hidden(matrix(normed, rows, channels), features);
-    multiply(matrix(features, rows, parts.hidden), matrix(parts.tensors[LINEAR2]).t(), sum2);
+    multiply(matrix(features, rows, parts.hidden), matrix(parts.transposed[LINEAR2]), sum2);
     kernel.add_and_norm(sum2, normed, parts.data[LINEAR2_BIAS], parts.norm2, result, rows, channels);
   });
   return results;
