@@ -11,7 +11,7 @@ from tiny_nuclei_model import tiny_config
 from torch import Tensor, nn
 
 from mask2former.modeling import D2SwinTransformer, Predictions
-from mask2former.ops import convolution
+from mask2former.ops import extension
 
 pytestmark = pytest.mark.slow
 
@@ -59,13 +59,13 @@ def graphs_and_breaks(dynamo: Any) -> tuple[int, int]:
 def compare(module: nn.Module, inputs: Any, results_of: Any) -> None:
     """Outputs and gradients of the module, compiled and not.
 
-    Both with torch's own convolutions, as the compiler has them: where rounding takes a ReLU's input to the other side
-    of 0, gradients jump.
+    Both with torch's own convolutions and products, as the compiler has them: where rounding takes a ReLU's input to
+    the other side of 0, gradients jump.
     """
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for x in inputs:
-        with mock.patch.object(convolution, "KERNELS", frozenset()):
+        with mock.patch.object(extension, "KERNELS", frozenset()):
             ours, expected = results_of(compiled(x)), results_of(module(x))
         torch.testing.assert_close(ours, expected)
         grads = [

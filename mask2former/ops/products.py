@@ -45,8 +45,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``torch.nn.functional.linear``: x (..., C) and weight (K, C) give (..., K)."""
-    is_worth_it = x.numel() * len(weight) >= FEWEST_PRODUCTS
-    if not (is_worth_it and kernels_take(x, weight, bias) and torch.ops.mask2former.has_faster_products()):
+    # In this order: a compiler that follows is not to look at sizes.
+    takes_kernels = kernels_take(x, weight, bias) and torch.ops.mask2former.has_faster_products()
+    if not (takes_kernels and x.numel() * len(weight) >= FEWEST_PRODUCTS):
         return F.linear(x, weight, bias)
     result: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)
     return result.unflatten(0, x.shape[:-1])

@@ -8,7 +8,8 @@ constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL_COLUMNS = PANEL_VECTORS * width_of<float>();
 constexpr int PANEL_ROWS = 12;  // 24 of 32 registers hold sums
 
-constexpr int64_t DEPTH_AT_A_TIME = 256;
+// Sums of as many products are added up: rounding errors of longer sums are larger.
+constexpr int64_t DEPTH_AT_A_TIME = 128;
 constexpr int64_t COLUMNS_AT_A_TIME = 512;
 constexpr int64_t ROWS_AT_A_TIME = 252;
 static_assert(COLUMNS_AT_A_TIME % PANEL_COLUMNS == 0 && ROWS_AT_A_TIME % PANEL_ROWS == 0, "tiles must fit");
@@ -31,9 +32,8 @@ MASK2FORMER_INLINE void multiply_tile(const float* a, int64_t row_stride, const 
                                       float* to, int64_t stride) {
   constexpr int WIDTH = width_of<float>();
   Vector<float> sums[PANEL_ROWS][VECTORS];
-  for (int row = 0; row < PANEL_ROWS; ++row)
-    for (int i = 0; i < VECTORS; ++i)
-      sums[row][i] = add ? load<Vector<float>>(to + row * stride + i * WIDTH) : Vector<float>{};
+  for (auto& row : sums)
+    for (auto& sum : row) sum = Vector<float>{};
   for (int64_t k = 0; k < depth; ++k, panel += PANEL_COLUMNS) {
     Vector<float> b[VECTORS];
     for (int i = 0; i < VECTORS; ++i) b[i] = load<Vector<float>>(panel + i * WIDTH);
@@ -44,7 +44,10 @@ MASK2FORMER_INLINE void multiply_tile(const float* a, int64_t row_stride, const 
     }
   }
   for (int row = 0; row < PANEL_ROWS; ++row)
-    for (int i = 0; i < VECTORS; ++i) store(to + row * stride + i * WIDTH, sums[row][i]);
+    for (int i = 0; i < VECTORS; ++i) {
+      float* const place = to + row * stride + i * WIDTH;
+      store(place, add ? load<Vector<float>>(place) + sums[row][i] : sums[row][i]);
+    }
 }
 
 // Of a product: a tile's rows of a, a panel of b, and where the tile goes.
