@@ -1,15 +1,13 @@
 """Convolutions that do the work of the frozen batch norm behind them."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from ...ops import conv2d, is_followed
+from ..made_again import made_again_for_backward
 
 __all__ = ["fold_frozen_norms", "keep_scaled_weights"]
 
@@ -56,7 +54,8 @@ class _ConvWithFrozenNorm(Conv2d):
         elif self.keeps_scaled_weights or torch.compiler.is_compiling():
             x = self._convolve(x, self._scaled_by(scale), bias)
         else:
-            with _made_again_for_backward(lambda: self._scaled_by(scale)) as weight:
+            weight = self._scaled_by(scale)  # all of them would take as much memory as the backbone's own
+            with made_again_for_backward(weight, lambda: self._scaled_by(scale)):
                 x = self._convolve(x, weight, bias)
         return x if self.activation is None else self.activation(x)
 
@@ -70,25 +69,3 @@ class _ConvWithFrozenNorm(Conv2d):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-@contextmanager
-def _made_again_for_backward(make: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """A tensor, which functions in the block do not keep for their gradients: it is made once more then.
-
-    All scaled weights would take as much memory as the backbone's own.
-    """
-    made = make()
-    if not (torch.is_grad_enabled() and made.requires_grad):
-        yield made
-        return
-    address, layout = made.data_ptr(), (made.shape, made.stride())
-
-    def pack(x: Tensor) -> Any:
-        return make if x.data_ptr() == address and (x.shape, x.stride()) == layout else x
-
-    def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else make()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield made

@@ -8,22 +8,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from ...ops import conv2d
+from ...ops import conv2d, is_followed
 from ..checkpointing import LayerCheckpointing
+from ..made_again import made_again_if_it_can
 from ..position_encoding import PositionEmbeddingSine
 from ..transformer import TransformerEncoderOnly
+from .group_norm import add_upsampled, has_hooks, is_plain_group_norm, relu_of_norm, upsample
 
 __all__ = [
     "NUM_DECODER_LEVELS",
     "BasePixelDecoder",
     "TransformerEncoderPixelDecoder",
+    "add_lateral",
     "lateral_conv",
     "output_conv",
     "pyramid_arguments",
@@ -84,8 +86,7 @@ class BasePixelDecoder(LayerCheckpointing):
     def _step(self, index: int, x: Tensor, coarse: Tensor | None) -> Tensor:
         """The next map of the pyramid: a backbone feature with the map before, if there is one."""
         if coarse is not None:
-            x = getattr(self, f"adapter_{index}")(x)
-            x = x + F.interpolate(coarse, size=x.shape[-2:], mode="nearest")
+            x = add_lateral(getattr(self, f"adapter_{index}"), x, coarse, "nearest", keep=self.checkpointing)
         return getattr(self, f"layer_{index}")(x)
 
 
@@ -189,9 +190,38 @@ def output_conv(in_channels: int, out_channels: int, norm: Norm) -> Conv2d:
     return conv
 
 
+def add_lateral(conv: Conv2d, feature: Tensor, coarse: Tensor, mode: str, keep: bool) -> Tensor:
+    """The sum of a backbone feature on its way into the pyramid and the map before, upsampled.
+
+    Args:
+        conv: what ``lateral_conv`` made.
+        feature, coarse: (B, ..., H, W) and (B, C, h, w).
+        mode: of upsampling, as ``torch.nn.functional.interpolate`` has it.
+        keep: whether the convolution behind keeps the sum for gradients where it could be made again. Where
+            activations are checkpointed, what it is made of would be kept till then.
+
+    Returns:
+        (B, C, H, W).
+    """
+    by_itself = type(conv) is Conv2d and conv.activation is None and not has_hooks(conv)
+    if by_itself and not keep and is_plain_group_norm(conv.norm, feature):
+        return add_upsampled(_convolve(conv, feature), conv.norm, coarse, mode)
+    x = conv(feature)
+    upsampled = upsample(coarse, x, mode)
+    return upsampled + x if is_followed() else upsampled.add_(x)
+
+
 class _MapConv2d(Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        """As the class it is derived from, faster where there are kernels."""
-        x = conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        """As the class it is derived from, faster where there are kernels, and with less kept for gradients."""
+        with made_again_if_it_can(x):
+            x = _convolve(self, x)
+        if self.activation == torch.relu_ and is_plain_group_norm(self.norm, x):
+            return relu_of_norm(x, self.norm)
         x = x if self.norm is None else self.norm(x)
         return x if self.activation is None else self.activation(x)
+
+
+def _convolve(conv: Conv2d, x: Tensor) -> Tensor:
+    """What a layer makes of x before its norm."""
+    return conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -19,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from ...errors import UserError
 from ...ops import MSDeformAttn, is_followed, ms_deform_attn_fused
 from ..checkpointing import LayerCheckpointing
+from ..made_again import made_again_if_it_can
 from ..position_encoding import PositionEmbeddingSine
 from ..precision import is_autocast_to_bfloat16
-from .fpn import NUM_DECODER_LEVELS, Norm, lateral_conv, output_conv, pyramid_arguments
+from .fpn import NUM_DECODER_LEVELS, Norm, add_lateral, lateral_conv, output_conv, pyramid_arguments
+from .group_norm import has_hooks
 from .position_wise import add_and_feed_forward, is_fast, project
 
 __all__ = ["MSDeformAttnPixelDecoder"]
@@ -52,7 +54,7 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         if _is_plain_cpu(x) and is_fast(x) and self._is_plain():
             return self._position_wise(x, position, reference_points, spatial_shapes)
         chunks = _chunks(x)
-        if torch.is_grad_enabled() or _has_hooks(self.self_attn):
+        if torch.is_grad_enabled() or has_hooks(self.self_attn):
             # The gradient of the values is made for all queries at once, and hooks see all of them.
             attended = _chunks(self.self_attn(x + position, reference_points, x, spatial_shapes))
         else:
@@ -71,7 +73,7 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         _, *parts = self.modules()
         return (
             all(type(part) in (MSDeformAttn, nn.Linear, nn.LayerNorm, nn.Dropout) for part in parts)
-            and not any(_has_hooks(part) for part in parts)
+            and not any(has_hooks(part) for part in parts)
             and not (self.dropout.p > 0 and self.training)
             and not torch.is_autocast_enabled("cpu")
         )
@@ -114,11 +116,6 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
 def _chunks(x: Tensor) -> Sequence[Tensor]:
     """Tensors (B, S, ...) of some positions each on a CPU, so that what is made of them stays in its cache."""
     return x.split(CHUNK_ROWS, dim=1) if _is_plain_cpu(x) else (x,)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
 
 
 def _is_plain_cpu(x: Tensor) -> bool:
@@ -281,14 +278,15 @@ class MSDeformAttnPixelDecoder(LayerCheckpointing):
             maps = self._encode(features)
             for index in range(len(self.fpn_features), 0, -1):
                 maps.append(self.run_layer(self._step, index, features[self.fpn_features[index - 1]], maps[-1]))
-            return self.mask_features(maps[-1]), maps[0], maps[:NUM_DECODER_LEVELS]
+            with made_again_if_it_can(maps[-1]):
+                mask_features = self.mask_features(maps[-1])
+            return mask_features, maps[0], maps[:NUM_DECODER_LEVELS]
 
     def _step(self, index: int, feature: Tensor, coarse: Tensor) -> Tensor:
         """The next map of the pyramid: a backbone feature with the map before."""
-        lateral = getattr(self, f"adapter_{index}")(feature)
-        coarse = coarse.to(lateral.dtype, memory_format=torch.channels_last)  # as it lies in memory, but for gaps
-        upsampled = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return getattr(self, f"layer_{index}")(upsampled.add_(lateral))
+        coarse = coarse.to(memory_format=torch.channels_last)  # as it lies in memory, but for gaps
+        x = add_lateral(getattr(self, f"adapter_{index}"), feature, coarse, "bilinear", keep=self.checkpointing)
+        return getattr(self, f"layer_{index}")(x)
 
     def _encode(self, features: dict[str, Tensor]) -> list[Tensor]:
         maps = [
