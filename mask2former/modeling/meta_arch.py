@@ -12,6 +12,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from .backbone.frozen_norm import fold_frozen_norms
+from .backbone.stem import keep_little_of_stems
 from .checkpointing import checkpoint_activations
 from .criterion import SetCriterion
 from .inference import InferenceSettings, postprocess
@@ -56,6 +57,7 @@ class MaskFormer(nn.Module):
     ) -> None:
         super().__init__()
         fold_frozen_norms(backbone)
+        keep_little_of_stems(backbone)
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.criterion = criterion
