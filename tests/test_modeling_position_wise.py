@@ -1,6 +1,7 @@
 """The encoder's layers in chunks and by kernels against their modules and torch's own gradients."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from mask2former.modeling.checkpointing import LayerCheckpointing
 from mask2former.modeling.pixel_decoder import msdeformattn, position_wise
 from mask2former.modeling.pixel_decoder.msdeformattn import MSDeformAttnTransformerEncoderLayer, cell_centres
 from mask2former.ops import extension
@@ -160,6 +163,70 @@ def test_gradients_of_gradients(dtype: torch.dtype) -> None:
         return [*first, *torch.autograd.grad(total, [*inputs, *layer.parameters()], allow_unused=True)]
 
     assert_close(penalty(in_chunks, layer, *inputs), penalty(formula, *in_double(layer, *inputs)))
+
+
+def two_layers(dtype: torch.dtype) -> nn.ModuleList:
+    return nn.ModuleList(make_layer(dtype=dtype) for _ in range(2))
+
+
+def one_after_the_other(
+    function: Callable[..., Tensor], layers: nn.ModuleList, x: Tensor, position: Tensor, run: Callable[..., Tensor]
+) -> Tensor:
+    for layer in layers:
+        x = run(function, layer, x, position)
+    return x
+
+
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*args)
+
+
+def checkpointed(*args: Any) -> Tensor:
+    stack = LayerCheckpointing()
+    stack.checkpointing = True
+    return stack.run_layer(*args)
+
+
+@both_forms
+@pytest.mark.parametrize("run", [call, checkpointed])
+def test_gradients_of_layers_one_after_the_other(run: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    layers, inputs = two_layers(dtype), make_inputs(dtype)
+
+    def all_of(function: Callable[..., Tensor], run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return functools.partial(one_after_the_other, function, run=run)
+
+    assert_close(
+        gradients(all_of(in_chunks, run), layers, *inputs),
+        gradients(all_of(formula, call), *in_double(layers, *inputs)),
+    )
+
+
+@both_forms
+def test_what_is_between_layers_is_made_again(dtype: torch.dtype) -> None:
+    """It is not kept, nor what it can be made of where it is kept in any case."""
+    layers, (x, position) = two_layers(dtype), make_inputs(dtype)
+    between = in_chunks(layers[0], x, position)
+    storage, expected = StorageWeakRef(between.untyped_storage()), between.detach().clone()
+    output = in_chunks(layers[1], between, position)
+    del between
+    assert storage.expired() and output.requires_grad
+    torch.testing.assert_close(in_chunks(layers[0], x, position)._made_by[1](), expected)
+    assert not hasattr(checkpointed(in_chunks, layers[0], x, position), "_made_by")
+
+
+@both_forms
+def test_gradients_of_gradients_of_layers(dtype: torch.dtype) -> None:
+    layers, inputs = two_layers(dtype), make_inputs(dtype)
+
+    def penalty(function: Callable[..., Tensor], layers: nn.ModuleList, *inputs: Tensor) -> list[Tensor]:
+        output = one_after_the_other(function, layers, *inputs, run=call)
+        first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        total = sum(gradient.square().sum() for gradient in first)
+        return [*first, *torch.autograd.grad(total, [*inputs, *layers.parameters()], allow_unused=True)]
+
+    found, expected = penalty(in_chunks, layers, *inputs), penalty(formula, *in_double(layers, *inputs))
+    for ours, theirs in zip(found, expected, strict=True):  # of numbers that four products have made large
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_transforms_take_the_modules(used: list[str]) -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from .backbone.frozen_norm import keep_scaled_weights
+from .made_again import forget_how
 
 __all__ = ["PARTS", "LayerCheckpointing", "checkpoint_activations"]
 
@@ -40,9 +41,12 @@ class LayerCheckpointing(nn.Module):
         if not (self.checkpointing and torch.is_grad_enabled()):
             return layer(*inputs)
         norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-        if not norms or torch.compiler.is_compiling():  # the compiler doesn't repeat changes of buffers
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _Unchanged(norms)))
+        options: dict[str, Any] = {}
+        if norms and not torch.compiler.is_compiling():  # the compiler doesn't repeat changes of buffers
+            options["context_fn"] = lambda: (nullcontext(), _Unchanged(norms))
+        result = checkpoint(layer, *inputs, use_reentrant=False, **options)
+        forget_how(result)  # it is kept for the next layer
+        return result
 
 
 class _Unchanged(AbstractContextManager[None]):

@@ -3,7 +3,8 @@
 The same as its modules do, gradients too, but for rounding. Some positions at a time go through all parts, so that what
 is made of them stays in the cache, in memory that is used again, and gradients of weights are added up where they are.
 Of a sum and its norm only the sum is kept for gradients, and nothing of hidden features, by far the largest part: they
-are made again. Compiled operators do it where there are any, and what is in ``_InChunks`` elsewhere.
+are made again, and so is what one layer hands to the next. Compiled operators do it where there are any, and what is
+in ``_InChunks`` elsewhere.
 
 Letters: ``B`` batch, ``S`` positions, ``C`` channels, ``F`` hidden features, ``n`` positions of a chunk.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import KERNELS
+from ..made_again import can_be_made_again, made_again_if_it_can
 
 __all__ = ["CHUNK_ROWS", "add_and_feed_forward", "is_fast", "project"]
 
@@ -38,9 +40,9 @@ def project(
         a tensor (B, S, ...) of each layer.
     """
     layers = (of_content, *of_places)
-    results: tuple[Tensor, ...] = _Project.apply(
-        x, position, *(layer.weight for layer in layers), *(layer.bias for layer in layers)
-    )
+    parameters = (*(layer.weight for layer in layers), *(layer.bias for layer in layers))
+    with made_again_if_it_can(x):
+        results: tuple[Tensor, ...] = _Project.apply(x, position, *parameters)
     return results
 
 
@@ -64,7 +66,12 @@ def add_and_feed_forward(
     parts = (output_layer, norms[0], *feed_forward, norms[1])
     parameters = [parameter for part in parts for parameter in (part.weight, part.bias)]
     eps = (norms[0].eps, norms[1].eps)
-    result: Tensor = _AddAndFeedForward.apply(torch.is_grad_enabled(), eps, x, attended, *parameters)
+    with made_again_if_it_can(x, for_first_gradients=False):
+        result, *kept = _AddAndFeedForward.apply(torch.is_grad_enabled(), eps, x, attended, *parameters)
+    for sum2 in kept:  # the next layer need not keep what is made of it
+        norm = norms[1]
+        arguments = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        can_be_made_again(result, functools.partial(F.layer_norm, sum2.detach(), *arguments))
     return result
 
 
@@ -101,15 +108,19 @@ class _AddAndFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, with_sums: bool, eps: tuple[float, float], x: Tensor, attended: Tensor, *parameters: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         result, *sums = _operators(x).add_and_feed_forward(x, attended, parameters, *eps, with_sums)
         ctx.eps = eps
-        # x, which the layer's attention keeps, too, is for gradients of gradients alone.
+        ctx.mark_non_differentiable(*sums[1:])
+        ctx.set_materialize_grads(False)  # that of the sum would be zeros
+        # x is for gradients of gradients alone.
         ctx.save_for_backward(*sums, x, attended, *parameters)
-        return result
+        return result, *sums[1:]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         sum1, sum2, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
