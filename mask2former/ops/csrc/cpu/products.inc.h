@@ -94,12 +94,12 @@ void multiply_rows(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_
   for (int64_t r = 0; r < rows; r += PANEL_ROWS)
     if (is_packed(r))
       pack<PANEL_ROWS>(rows_of_a(r), a.row_stride, a.column_stride, least(PANEL_ROWS, rows - r), depth,
-                      packed_rows + r * depth);
+                       packed_rows + r * depth);
   for (int64_t c = 0; c < columns; c += PANEL_COLUMNS)
     for (int64_t r = 0; r < rows; r += PANEL_ROWS)
-      multiply_tile(ProductTile{is_packed(r) ? packed_rows + r * depth : rows_of_a(r), is_packed(r), a.row_stride,
-                         panels + c * depth, depth, least(PANEL_ROWS, rows - r), least(PANEL_COLUMNS, columns - c), add,
-                         to + r * stride + c, stride});
+      multiply_tile({is_packed(r) ? packed_rows + r * depth : rows_of_a(r), is_packed(r), a.row_stride,
+                     panels + c * depth, depth, least(PANEL_ROWS, rows - r), least(PANEL_COLUMNS, columns - c), add,
+                     to + r * stride + c, stride});
 }
 
 void multiply(const Matrix& a, const Matrix& b, bool add, float* to, int64_t stride, float* workspace) {
@@ -114,7 +114,7 @@ void multiply(const Matrix& a, const Matrix& b, bool add, float* to, int64_t str
       const int64_t depth = least(DEPTH_AT_A_TIME, a.columns - k);
       for (int64_t c = 0; c < columns; c += PANEL_COLUMNS)
         pack<PANEL_COLUMNS>(b.data + k * b.row_stride + (column + c) * b.column_stride, b.column_stride, b.row_stride,
-                           least(PANEL_COLUMNS, columns - c), depth, panels + c * depth);
+                            least(PANEL_COLUMNS, columns - c), depth, panels + c * depth);
       for (int64_t row = 0; row < a.rows; row += ROWS_AT_A_TIME)
         multiply_rows(a, row, least(ROWS_AT_A_TIME, a.rows - row), k, depth, panels, columns, add || k > 0,
                       to + row * stride + column, stride, packed_rows);
