@@ -221,6 +221,26 @@ def test_broken_last_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture
         assert "\n" not in caplog.messages[0]
 
 
+@pytest.mark.parametrize("name", ["model_0000004", "model_final"])
+def test_killed_before_the_name_of_the_last_checkpoint_was_written(tmp_path: Path, name: str) -> None:
+    checkpointer = run_of(tmp_path, 3)
+    checkpointer.save(name, iteration=4)
+    before = (tmp_path / f"{name}.pth").stat().st_mtime - 10
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    os.utime(tmp_path / "last_checkpoint", (before, before))
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 4
+    os.truncate(tmp_path / f"{name}.pth", 100)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
+
+
+def test_a_name_that_a_user_wrote_is_that_of_the_last_checkpoint(tmp_path: Path) -> None:
+    checkpointer = run_of(tmp_path, 3)
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 2
+    os.utime(tmp_path / "model_0000001.pth")  # copied, say
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 2
+
+
 def test_all_checkpoints_broken(tmp_path: Path) -> None:
     checkpointer = run_of(tmp_path, 2)
     for path in tmp_path.glob("model_0*.pth"):

@@ -1,6 +1,7 @@
 """Detectron2's checkpointer with safe reading and whole writing."""
 
 import logging
+import math
 import os
 import re
 from importlib.util import find_spec
@@ -64,7 +65,8 @@ class Checkpointer(DetectionCheckpointer):
     other classes or another number of queries starts from what fits.
 
     A run's checkpoints are ``model_<step>.pth`` and ``model_final.pth``. The name of the last one is in
-    ``last_checkpoint``; where that is broken, ``resume_or_load`` takes the one that was written before it.
+    ``last_checkpoint``; where that is broken, ``resume_or_load`` takes the one that was written before it, and where a
+    run was killed before the name was written, the one that is newer than that.
 
     Detectron2's own ``DefaultPredictor`` and ``DefaultTrainer`` don't come here: their checkpointer unpickles
     ``.pkl`` files without restrictions, and knows this package's names and Detectron2's alone. Give them what
@@ -141,7 +143,15 @@ class Checkpointer(DetectionCheckpointer):
         """The run's checkpoints, the one to resume from first, then those that were written before it."""
         files = sorted(self._files_like(RUN_FILE), key=os.path.getmtime, reverse=True)
         last = self.get_checkpoint_file()
-        return [last, *(file for file in files if file != last)] if last else files
+        if not last:
+            return files
+        newer = self._saved_since(last, files)
+        return [*newer, last, *(file for file in files if file not in (last, *newer))]
+
+    def _saved_since(self, last: str, files: list[str]) -> list[str]:
+        """Of files those behind the last one that were whole when the run was killed, before that was written down."""
+        written_down = os.path.getmtime(os.path.join(self.save_dir, LAST))
+        return [file for file in files if _step(file) > _step(last) and os.path.getmtime(file) > written_down]
 
     def _files_like(self, pattern: str) -> list[str]:
         names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
@@ -213,6 +223,12 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(f"none of the checkpoint's {count} weights fits this model: is it of another model?")
         incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(COMPUTED)]
         return incompatible
+
+
+def _step(path: str) -> float:
+    """The step behind which a run's checkpoint was saved; infinite for the final one, and for what is none."""
+    found = re.fullmatch(RUN_FILE, os.path.basename(path))
+    return int(found[1]) if found and found[1].isdigit() else math.inf
 
 
 def _save(state: dict[str, Any], path: str) -> None:
